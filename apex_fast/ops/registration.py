@@ -1,0 +1,172 @@
+"""Fake kernels (shapes without data, for torch.compile) and the plain torch twins for devices without a compiled
+kernel."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from . import reference
+
+OPS = ("condition_shift", "interpolate", "renoise", "shifted_velocity_loss", "mixed_velocity_loss", "sampler_step")
+TWINS = tuple(name + suffix for name in OPS for suffix in ("", "_backward"))
+
+_MEND = {
+    "cuda": "put nvcc on PATH, then APEX_FAST_CUDA=on pip install --force-reinstall --no-deps . in the source folder",
+}
+_told: set[str] = set()
+
+
+# ---- devices without a compiled kernel
+
+
+def _device_of(arguments: tuple[object, ...]) -> str:
+    return next((a.device.type for a in arguments if isinstance(a, Tensor)), "unknown device")
+
+
+def _announce(op: str, device: str, setting: str) -> None:
+    """Refuse under ``compiled``; under ``auto`` say once per device type that the plain torch twins run."""
+    if setting == "reference":
+        return
+    mend = _MEND.get(device, "there are kernels for cpu and cuda only")
+    if setting == "compiled":
+        raise RuntimeError(
+            f"apex_fast::{op} has no compiled kernel for {device} in this build, and APEX_FAST_KERNELS=compiled forbids"
+            f" the plain torch twin. Mend: {mend}; or set APEX_FAST_KERNELS=auto."
+        )
+    if device not in _told:
+        _told.add(device)
+        warnings.warn(
+            f"apex_fast: no compiled kernel of {op} for {device} in this build, its plain torch twin runs instead"
+            f" (slower, more memory; `apex-fast env` lists every op). Mend: {mend}. APEX_FAST_KERNELS=compiled makes"
+            " this an error.",
+            stacklevel=3,
+        )
+
+
+def _fallback(op: str, setting: str) -> Callable[..., object]:
+    twin = getattr(reference, op)
+
+    def run(*arguments: object, **options: object) -> object:
+        _announce(op, _device_of(arguments), setting)
+        return twin(*arguments, **options)
+
+    return run
+
+
+# ---- fake kernels
+
+
+def _loss_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return reference.compute_dtype(*tensors)
+
+
+def _like(wanted: bool, tensor: Tensor, dtype: torch.dtype | None = None, layout: Tensor | None = None) -> Tensor:
+    dtype = dtype or tensor.dtype
+    return (
+        torch.empty_like(tensor if layout is None else layout, dtype=dtype)
+        if wanted
+        else tensor.new_empty(0, dtype=dtype)
+    )
+
+
+def _fake_condition_shift(condition, scale, bias, *, mask=None):
+    return torch.empty_like(condition)
+
+
+def _fake_condition_shift_backward(grad, condition, scale, bias, *, mask=None, output_mask):
+    parameters = [
+        p.new_empty(p.shape if wanted else 0) for p, wanted in zip((scale, bias), output_mask[1:], strict=True)
+    ]
+    return _like(output_mask[0], condition), *parameters
+
+
+def _fake_interpolate(x, z, t):
+    return torch.empty_like(x)
+
+
+def _fake_interpolate_backward(grad, t, *, output_mask):
+    return tuple(_like(wanted, grad) for wanted in output_mask)
+
+
+def _fake_renoise(velocity, x_s, s, z, t):
+    return torch.empty_like(x_s), torch.empty_like(x_s)
+
+
+def _fake_renoise_backward(grad_x_fake_t, grad_target, s, t, *, velocity_dtype):
+    return torch.empty_like(grad_x_fake_t, dtype=velocity_dtype)
+
+
+def _fake_shifted_velocity_loss(v_gen, v_shift, v_real, target, *, v_uncond=None, guidance_scale=1.0, clip=1.0):
+    dtype = _loss_dtype(v_shift, v_real, target, v_uncond)
+    batch = v_shift.shape[0]
+    loss = v_shift.new_empty(batch, dtype=dtype)
+    return loss, torch.empty_like(loss), v_shift.new_empty((batch, 7), dtype=dtype)
+
+
+def _fake_shifted_velocity_loss_backward(
+    grad_fake,
+    grad_correction,
+    v_shift,
+    v_real,
+    target,
+    *,
+    v_uncond=None,
+    guidance_scale=1.0,
+    clip=1.0,
+    output_mask=(True, True, False),
+    grad_gen_dtype=None,
+):
+    return (
+        _like(output_mask[0], v_shift, grad_gen_dtype),
+        _like(output_mask[1], v_shift),
+        _like(output_mask[2], target, layout=v_shift),
+    )
+
+
+def _fake_mixed_velocity_loss(velocity, x, z, *, v_fake=None, mix_weight=0.0):
+    return velocity.new_empty(velocity.shape[0], dtype=_loss_dtype(velocity, x, z, v_fake))
+
+
+def _fake_mixed_velocity_loss_backward(grad, velocity, x, z, *, v_fake=None, mix_weight=0.0, output_mask):
+    return tuple(
+        _like(wanted, tensor, layout=velocity) for wanted, tensor in zip(output_mask, (velocity, x, z), strict=True)
+    )
+
+
+def _fake_sampler_step(x, velocity, t, t_next, *, noise=None, v_uncond=None, guidance_scale=1.0, stochasticity=0.0):
+    return torch.empty_like(x)
+
+
+def _fake_sampler_step_backward(
+    grad,
+    t,
+    t_next,
+    *,
+    guidance_scale=1.0,
+    stochasticity=0.0,
+    guided=False,
+    velocity_dtype,
+    uncond_dtype=None,
+    noise_dtype=None,
+    output_mask,
+):
+    dtypes = (grad.dtype, velocity_dtype, uncond_dtype or velocity_dtype, noise_dtype or grad.dtype)
+    return tuple(
+        _like(wanted, grad, dtype if wanted else grad.dtype) for wanted, dtype in zip(output_mask, dtypes, strict=True)
+    )
+
+
+def register() -> None:
+    """Load the compiled library and add what Python adds to its ops. Called once, by ``import apex_fast.ops``."""
+    _library.load()
+    setting = _library.kernels_setting()
+    for op in TWINS:
+        name = f"apex_fast::{op}"
+        # CompositeExplicitAutograd: below autograd, on every device that has no kernel of its own.
+        torch.library.impl(name, "CompositeExplicitAutograd", _fallback(op, setting))
+        torch.library.register_fake(name, globals()[f"_fake_{op}"])
