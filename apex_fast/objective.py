@@ -1,0 +1,431 @@
+"""The training objective: its terms and weights as typed fields, and one step of it under any schedule.
+
+Two losses are built from the paper's parts (APEX, arXiv 2604.12322):
+
+* ``correction``: L_fake (Eq. 12) + the velocity correction on generated trajectories (Eq. 13, 17, 27) + flow matching
+  on data (Eq. 20). The correction's gradient on the generator's velocity is ``clamp(v_shift - v_real)``; it is what
+  makes one step work.
+* ``paper``: lambda_p L_fake + lambda_e L_mix (Eq. 25), to reproduce the text.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, paper, schedules
+from .condition import Condition, batch_size, condition_tensors
+from .draws import Draws, normal, state_dtype
+from .finite import FiniteWatch
+from .path import TimeDistribution
+from .roles import StepInputs, Terms
+from .velocities import Velocities, Velocity
+
+Schedule = Literal["joint", "retain", "sequential"]
+Phase = Literal["warm-up", "ramp", "full"]
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What a step returns.
+
+    Attributes:
+        total: 0-d, the weighted sum of the terms' means; differentiable from ``objective(...)``, without history from
+            ``backward``.
+        fake, correction, supervised, mix: ``[B]`` without history, fp32 (fp64 for fp64 data), unweighted; None where
+            the loss or its weights leave the term out. ``mix`` (paper only) includes its factor t (1 - t).
+        metrics: 0-d tensors on the device of x; reading them is the caller's host synchronisation, making them is none.
+        phase: ``"warm-up"`` (the correction is measured but has no weight yet), ``"ramp"`` or ``"full"``.
+    """
+
+    total: Tensor
+    fake: Tensor | None
+    correction: Tensor | None
+    supervised: Tensor | None
+    mix: Tensor | None
+    metrics: dict[str, Tensor]
+    phase: Phase
+
+
+@dataclass(eq=False)
+class ApexObjective:
+    """One-step training by condition shifting: ``ApexObjective(shift, loss="correction", ...)``.
+
+    Args:
+        shift: the condition shift (Eq. 9), such as :class:`~apex_fast.shift.ConditionShift`, on the device of the
+            conditions.
+        loss: ``"correction"`` or ``"paper"``.
+
+        fake_weight: weight of L_fake (Eq. 12) in ``correction``.
+        correction_weight: weight of the correction (Eq. 17 on x_t ~ p_theta) after warm-up and ramp. 0 leaves the real
+            branch uncalled.
+        supervised_weight: weight of flow matching on data (Eq. 20). It keeps a live real branch honest, and keeps 2 to
+            50 steps working.
+        clip: bound on every element of the correction, in units of velocity; None is off.
+        guidance_scale: classifier-free guidance of the real branch, ``v_uncond + g (v_real - v_uncond)``; other than 1
+            it needs ``negative_condition`` in the call, and doubles the batch of the real pass.
+
+        generator_times: distribution of s, where the generator starts: x_s = s z + (1 - s) x. The default, always 1,
+            trains one step; ``TimeDistribution("uniform", constant_share=0.6)`` is one step in 60 % and any start in
+            the rest, for few-step sampling.
+        fake_times: distribution of t at which shifted and real branch are asked (Eq. 12 and 13).
+        supervised_times: distribution of t of the data term. It must stay away from 1, where flow matching asks for the
+            mean of the data and fights the one-step generator.
+
+        warmup_steps: steps in which the correction is measured but has weight 0, so that the shifted branch is fitted
+            before its difference is believed. None: 100, or with ``total_steps`` a tenth of it, at most 150.
+        ramp_steps: steps over which the weight then rises linearly. None: 100, or with ``total_steps`` an eighth of it,
+            at most 200.
+        total_steps: length of the run, if known. It sets the defaults above, and a run that would end before the
+            correction starts or has its full weight is warned about.
+
+        paper_fake_weight: lambda_p of Eq. 25, weight of L_fake in ``paper``.
+        paper_mix_weight: lambda_e of Eq. 25, weight of L_mix in ``paper``.
+        mix_weight: lambda of Eq. 24: how much of the target of L_mix is the shifted branch's velocity; 0 is flow
+            matching.
+        paper_times: distribution of t in ``paper``.
+        fresh: ``paper`` only: draw z' and t' of L_fake anew instead of using z and t again as the paper does.
+        detach_x_fake: ``paper`` only: cut the gradient of L_fake into the generator. The paper does not; False is to
+            the letter.
+
+    Raises:
+        ValueError: a field out of range; the message names it.
+    """
+
+    shift: nn.Module
+    _: KW_ONLY
+    loss: Literal["correction", "paper"] = "correction"
+
+    fake_weight: float = 1.0
+    correction_weight: float = 0.5
+    supervised_weight: float = 1.0
+    clip: float | None = 1.0
+    guidance_scale: float = 1.0
+
+    generator_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("constant", value=1.0))
+    fake_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("uniform", low=0.02, high=0.98))
+    supervised_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("uniform", low=0.02, high=0.98))
+
+    warmup_steps: int | None = None
+    ramp_steps: int | None = None
+    total_steps: int | None = None
+
+    paper_fake_weight: float = 1.0
+    paper_mix_weight: float = 1.0
+    mix_weight: float = 0.5
+    paper_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("uniform"))
+    fresh: bool = False
+    detach_x_fake: bool = False
+
+    def __post_init__(self) -> None:
+        self._watch = FiniteWatch()
+        if not callable(self.shift):
+            raise ValueError(f"ApexObjective: shift must be a ConditionShift, got {type(self.shift).__name__}")
+        if self.loss not in ("correction", "paper"):
+            raise ValueError(f'ApexObjective: loss must be "correction" or "paper", got {self.loss!r}')
+        weights = ("fake_weight", "correction_weight", "supervised_weight", "paper_fake_weight", "paper_mix_weight")
+        for name in weights:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"ApexObjective: {name} must be finite and at least 0, got {getattr(self, name)}")
+        if not 0 <= self.mix_weight <= 1:
+            raise ValueError(f"ApexObjective: mix_weight (lambda of Eq. 24) must lie in [0, 1], got {self.mix_weight}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"ApexObjective: clip must be above 0, or None for no clip, got {self.clip}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"ApexObjective: guidance_scale must be finite, got {self.guidance_scale}")
+        if self.loss == "paper" and self.guidance_scale != 1:
+            raise ValueError("ApexObjective: the paper loss has no real branch to guide; leave guidance_scale at 1")
+        for name in ("warmup_steps", "ramp_steps", "total_steps"):
+            steps = getattr(self, name)
+            if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+                raise ValueError(
+                    f"ApexObjective: {name} must be a whole number of steps, at least 0, or None, got {steps!r}"
+                )
+        for name in ("generator_times", "fake_times", "supervised_times", "paper_times"):
+            if not isinstance(getattr(self, name), TimeDistribution):
+                raise ValueError(
+                    f"ApexObjective: {name} must be a TimeDistribution, got {type(getattr(self, name)).__name__}"
+                )
+        self._set_lengths()
+
+    def _set_lengths(self) -> None:
+        total = self.total_steps
+        if self.warmup_steps is None:
+            self.warmup_steps = 100 if total is None else min(150, total // 10)
+        if self.ramp_steps is None:
+            self.ramp_steps = 100 if total is None else min(200, total // 8)
+        if total is None or self.loss != "correction" or self.correction_weight == 0:
+            return
+        if self.warmup_steps >= total:
+            warnings.warn(
+                f"the correction never starts: warmup_steps={self.warmup_steps} of total_steps={total}, so the whole "
+                "run is warm-up and nothing is learnt about one step; lower warmup_steps or train longer",
+                stacklevel=4,
+            )
+        elif self.warmup_steps + self.ramp_steps > total:
+            reached = self.correction_weight_at(total - 1)
+            warnings.warn(
+                f"the correction ends at weight {reached:.3g} of {self.correction_weight:g}: warmup_steps="
+                f"{self.warmup_steps} and ramp_steps={self.ramp_steps} are more than total_steps={total}; "
+                "shorten them or train longer",
+                stacklevel=4,
+            )
+
+    # ---- what holds at a step
+
+    def correction_weight_at(self, step: int) -> float:
+        """Weight of the correction at ``step``, from 0: none in the warm-up, rising over the ramp, then all of it."""
+        warmup, ramp = self.warmup_steps or 0, self.ramp_steps or 0
+        if step < warmup:
+            return 0.0
+        return self.correction_weight * min(1.0, (step - warmup + 1) / (ramp + 1))
+
+    def phase(self, step: int) -> Phase:
+        """The part of the run that ``step`` belongs to; without a correction it is always ``"full"``."""
+        warmup, ramp = self.warmup_steps or 0, self.ramp_steps or 0
+        if self.loss == "paper" or self.correction_weight == 0 or step >= warmup + ramp:
+            return "full"
+        return "warm-up" if step < warmup else "ramp"
+
+    # ---- a step
+
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Draws:
+        """All random draws of a step for ``x`` ``[B, ...]``.
+
+        They come from ``generator`` alone, on whichever device it lives, or without one from the global generator of
+        x's device. Noise and times are fp32, cast to fp64 for an fp64 x.
+        """
+        dtype = state_dtype(x)
+
+        def noise() -> Tensor:
+            drawn = normal(x.shape, x.device, dtype, generator)
+            # The same numbers in x's own layout (channels_last, say), which the ops then read without a copy.
+            return drawn if x.is_contiguous() else torch.empty_like(x, dtype=dtype).copy_(drawn)
+
+        def times(distribution: TimeDistribution) -> Tensor:
+            return distribution.sample(x.shape[0], x.device, generator).to(dtype)
+
+        if self.loss == "paper":
+            z, t = noise(), times(self.paper_times)
+            return Draws(z, t, noise(), times(self.paper_times)) if self.fresh else Draws(z, t, z, t)
+        draws = Draws(noise(), times(self.generator_times), noise(), times(self.fake_times))
+        if self.supervised_weight == 0:
+            return draws
+        return Draws(draws.z, draws.s, draws.z_query, draws.t_query, noise(), times(self.supervised_times))
+
+    def __call__(
+        self,
+        velocities: Velocities | Velocity,
+        x: Tensor,
+        condition: Tensor | Condition,
+        *,
+        step: int,
+        generator: torch.Generator | None = None,
+        draws: Draws | None = None,
+        negative_condition: Tensor | Condition | None = None,
+    ) -> Losses:
+        """The losses of a step with all graphs alive; ``losses.total.backward()`` is the caller's.
+
+        Args:
+            velocities: a callable ``velocity(x_t, t, condition)`` for all roles, or
+                :class:`~apex_fast.velocities.Velocities`.
+            x: data (latents) ``[B, ...]``; the callables get their x_t in its dtype. It is not modified and gets no
+                gradient.
+            condition: of the B samples.
+            step: index of this step in the run, from 0; warm-up and ramp depend on it.
+            generator: source of the random draws.
+            draws: the draws themselves, from :meth:`draw`; then ``generator`` must be left out.
+            negative_condition: for ``guidance_scale`` other than 1: batch B, or 1 to be repeated.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit; a velocity of the wrong shape.
+            NonFiniteLossError: a term of the step *before* was NaN or infinite.
+        """
+        inputs = self._inputs(velocities, x, condition, step, generator, draws, negative_condition)
+        terms = paper.all_graphs(inputs) if self.loss == "paper" else schedules.all_graphs(inputs)
+        return self._losses(inputs, terms, step)
+
+    def backward(
+        self,
+        velocities: Velocities | Velocity,
+        x: Tensor,
+        condition: Tensor | Condition,
+        *,
+        step: int,
+        generator: torch.Generator | None = None,
+        draws: Draws | None = None,
+        negative_condition: Tensor | Condition | None = None,
+        schedule: Schedule | None = None,
+        backward: Callable[[Tensor], object] | None = None,
+        no_sync: schedules.NoSync | None = None,
+    ) -> Losses:
+        """A step with its backward: adds to the ``.grad`` of the parameters and returns the losses without history.
+
+        Args:
+            schedule: order of the passes (:mod:`apex_fast.schedules`); all give the same gradients. ``"sequential"``
+                holds one graph at a time, ``"retain"`` two, ``"joint"`` three in one stacked pass, for which generator
+                and shifted branch must be the same callable. The paper loss runs ``"joint"`` as ``"retain"``, and takes
+                ``"sequential"`` only with ``detach_x_fake``. None is ``"sequential"`` wherever that can serve.
+            backward: called with each loss in place of ``loss.backward()``, such as ``accelerator.backward``.
+            no_sync: makes a context in which gradients are not synchronised, such as ``model.no_sync`` of a
+                DistributedDataParallel; all but the last forward and backward of the step run in one.
+            velocities, x, condition, step, generator, draws, negative_condition: as in the call.
+
+        Raises:
+            as the call; and ValueError for a schedule that cannot serve these velocities, this loss or this condition.
+        """
+        table = paper.SCHEDULES if self.loss == "paper" else schedules.SCHEDULES
+        if schedule is None:
+            schedule = "retain" if self.loss == "paper" and not self.detach_x_fake else "sequential"
+        if schedule not in table:
+            raise ValueError(f"schedule must be one of {', '.join(table)}, got {schedule!r}")
+        inputs = self._inputs(velocities, x, condition, step, generator, draws, negative_condition)
+        if schedule == "joint" and not inputs.velocities.shares_network:
+            raise ValueError(
+                'schedule="joint" stacks generator and shifted branch into one call, but they are different callables; '
+                'use schedule="retain" or "sequential"'
+            )
+        if schedule != "joint" and any(t.grad_fn is not None for t in condition_tensors(condition)):
+            raise ValueError(
+                f'schedule="{schedule}" may run several backward calls, and the condition hangs on a graph that only '
+                "one can walk "
+                '(a trained text encoder?); use schedule="joint" or objective(...).total.backward(), or detach the '
+                "condition"
+            )
+        losses = table[schedule](inputs, backward or torch.Tensor.backward, no_sync)
+        return self._losses(inputs, losses, step)
+
+    def check_finite(self) -> None:
+        """Examines the losses that are not examined yet; call it before a checkpoint is written.
+
+        Raises:
+            NonFiniteLossError: naming the term and its step.
+        """
+        self._watch.check()
+
+    # ---- the edges
+
+    def _inputs(
+        self,
+        velocities: Velocities | Velocity,
+        x: Tensor,
+        condition: Tensor | Condition,
+        step: int,
+        generator: torch.Generator | None,
+        draws: Draws | None,
+        negative_condition: Tensor | Condition | None,
+    ) -> StepInputs:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be the index of this training step, a whole number from 0, got {step!r}")
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a floating-point tensor [B, ...] of data or latents, got {got}")
+        if batch_size(condition) != x.shape[0]:
+            raise ValueError(
+                f"condition must have the batch size of x, {x.shape[0]}, got {batch_size(condition)}; one condition "
+                "per sample"
+            )
+        if draws is not None and generator is not None:
+            raise ValueError("give draws or a generator, not both: the draws were made already")
+        guided = self.guidance_scale != 1 and self.correction_weight > 0
+        if guided and negative_condition is None:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} guides the real branch, which needs negative_condition=; "
+                "pass the condition of the empty prompt, or set guidance_scale=1"
+            )
+        draws = self.draw(x, generator) if draws is None else draws
+        self._check_draws(draws, x)
+        common = {
+            "velocities": Velocities.of(velocities),
+            "shift": self.shift,
+            "x": x.detach().to(state_dtype(x)),
+            "network_dtype": x.dtype,
+            "condition": condition,
+            "negative_condition": negative_condition if guided else None,
+            "draws": draws,
+            "guidance_scale": float(self.guidance_scale),
+            "clip": self.clip,
+        }
+        if self.loss == "paper":
+            if self.paper_fake_weight == 0 and self.paper_mix_weight == 0:
+                raise ValueError("nothing to train: paper_fake_weight and paper_mix_weight are both 0")
+            return StepInputs(
+                fake_weight=self.paper_fake_weight,
+                paper_weight=self.paper_mix_weight,
+                mix_weight=float(self.mix_weight),
+                detach_x_fake=self.detach_x_fake,
+                **common,
+            )
+        weight = self.correction_weight_at(step)
+        if self.fake_weight == 0 and weight == 0 and self.supervised_weight == 0:
+            raise ValueError(
+                f"nothing to train at step {step}: fake_weight and supervised_weight are 0 and the correction has no "
+                "weight "
+                f"(correction_weight={self.correction_weight}, warmup_steps={self.warmup_steps})"
+            )
+        return StepInputs(
+            fake_weight=self.fake_weight,
+            correction_weight=weight,
+            measure_correction=self.correction_weight > 0,
+            supervised_weight=self.supervised_weight,
+            **common,
+        )
+
+    def _check_draws(self, draws: Draws, x: Tensor) -> None:
+        wanted = {"z": x.shape, "z_query": x.shape, "s": x.shape[:1], "t_query": x.shape[:1]}
+        if self.loss == "correction" and self.supervised_weight > 0:
+            wanted.update(z_sup=x.shape, t_sup=x.shape[:1])
+        for name, shape in wanted.items():
+            value = getattr(draws, name)
+            if value is None or value.shape != shape or value.device != x.device:
+                got = "None" if value is None else f"{list(value.shape)} on {value.device}"
+                raise ValueError(
+                    f"draws.{name} must be {list(shape)} on {x.device}, got {got}; make draws with objective.draw(x) "
+                    "of this objective"
+                )
+
+    def _losses(self, inputs: StepInputs, terms: Terms, step: int) -> Losses:
+        assert terms.total is not None
+        with torch.no_grad():
+            named = {
+                "fake": terms.fake,
+                "correction": terms.correction,
+                "supervised": terms.supervised,
+                "mix": terms.mix,
+            }
+            means = {name: losses.mean() for name, losses in named.items() if losses is not None}
+            metrics = {f"loss_{name}": mean for name, mean in means.items()}
+            metrics["loss_total"] = terms.total.detach()
+            metrics.update(self._metrics(inputs, terms))
+        self._watch.record(step, means)
+        return Losses(terms.total, terms.fake, terms.correction, terms.supervised, terms.mix, metrics, self.phase(step))
+
+    def _metrics(self, inputs: StepInputs, terms: Terms) -> dict[str, Tensor]:
+        """What the loss op has counted on its way (``ops.STATS``), as batch means; no pass over the velocities, no
+        synchronisation.
+        """
+        if terms.stats is None:
+            return {}
+        columns = dict(zip(ops.STATS, terms.stats.unbind(1), strict=True))
+        elements = max(inputs.x[0].numel() if inputs.x.shape[0] else 1, 1)
+        dv, shifted, real = columns["dv_squared"], columns["shift_squared"], columns["real_squared"]
+        tiny = torch.finfo(dv.dtype).tiny
+        metrics = {
+            # |v_shift - v_real| as a root mean square, before and after the clip, and against |v_real|
+            "dv_rms": (dv.mean() / elements).sqrt(),
+            "dv_clipped_rms": (columns["clipped_dv_squared"].mean() / elements).sqrt(),
+            "dv_relative": (dv / real.clamp_min(tiny)).sqrt().mean(),
+            "clipped_share": columns["clipped_share"].mean(),
+            "shift_real_cosine": (columns["shift_dot_real"] / (shifted * real).sqrt().clamp_min(tiny)).mean(),
+        }
+        if self.loss == "correction":
+            metrics["dmd_normaliser"] = columns["guided_target_distance"].mean()
+            # new_full fills on the device; torch.tensor would copy from the host
+            metrics["correction_weight"] = dv.new_full((), inputs.correction_weight)
+        return metrics

@@ -1,0 +1,123 @@
+"""The condition shift c_fake = A c + b (APEX, arXiv 2604.12322, Eq. 9)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .condition import Condition
+
+
+class ConditionShift(nn.Module):
+    """Turns a condition into the one under which the network learns what the generator makes now (Eq. 9).
+
+    The shift is only useful if the network can see it. A positive scale without bias, ahead of a normalisation, is
+    invisible; the default, scale -1 and bias 0.5, turns the embedding around and is seen by every network that reads
+    its text.
+
+    Args:
+        mode: ``"scalar"``: A and b are one number each; ``"diagonal"``: one number per channel, which needs ``dim``.
+        scale: initial A.
+        bias: initial b, in the units of the embedding.
+        dim: channels D of the embedding (``prompt_embeds.shape[-1]``); only with ``mode="diagonal"``.
+        trainable: whether A and b get gradients (they come from L_fake alone).
+        train_scale, train_bias: the same one by one; None follows ``trainable``.
+        shift_pooled: whether ``pooled_prompt_embeds`` are shifted as well, so that no path of the text into the network
+            stays unshifted.
+        pooled_dim: channels P of the pooled embedding; needed with ``mode="diagonal"``, ``shift_pooled=True`` and a
+            pooled embedding.
+
+    Raises:
+        ValueError: an unknown mode, or ``dim`` missing or out of place.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["scalar", "diagonal"] = "scalar",
+        scale: float = -1.0,
+        bias: float = 0.5,
+        dim: int | None = None,
+        trainable: bool = False,
+        train_scale: bool | None = None,
+        train_bias: bool | None = None,
+        shift_pooled: bool = True,
+        pooled_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in ("scalar", "diagonal"):
+            raise ValueError(f'ConditionShift: mode must be "scalar" or "diagonal", got {mode!r}')
+        if mode == "diagonal" and (dim is None or dim < 1):
+            raise ValueError(
+                'ConditionShift: mode "diagonal" needs dim, the channels of the embedding (prompt_embeds.shape[-1]), '
+                f"got {dim}"
+            )
+        if mode == "scalar" and (dim is not None or pooled_dim is not None):
+            raise ValueError(
+                'ConditionShift: dim and pooled_dim belong to mode "diagonal"; leave them out for "scalar"'
+            )
+        self.mode = mode
+        self.shift_pooled = shift_pooled
+        train_scale = trainable if train_scale is None else train_scale
+        train_bias = trainable if train_bias is None else train_bias
+
+        def parameter(value: float, channels: int | None, train: bool) -> nn.Parameter:
+            shape = () if channels is None else (channels,)
+            return nn.Parameter(torch.full(shape, float(value), dtype=torch.float32), requires_grad=train)
+
+        self.scale = parameter(scale, dim, train_scale)
+        self.bias = parameter(bias, dim, train_bias)
+        # In scalar mode one number serves both embeddings; per channel the pooled one has channels of its own.
+        own = pooled_dim is not None and shift_pooled
+        self.pooled_scale = parameter(scale, pooled_dim, train_scale) if own else None
+        self.pooled_bias = parameter(bias, pooled_dim, train_bias) if own else None
+
+    def forward(self, condition: Tensor | Condition) -> Tensor | Condition:
+        """Shifts a Tensor ``[..., D]`` into a Tensor, a Condition into a Condition; masked tokens stay as they are.
+
+        Raises:
+            TypeError: the condition is not floating point, or neither Tensor nor Condition.
+            ValueError: the channels do not fit the diagonal, or the shift lives on another device.
+        """
+        if isinstance(condition, Tensor):
+            return self._shift(condition, self.scale, self.bias, None, "condition")
+        if not isinstance(condition, Condition):
+            raise TypeError(f"ConditionShift: expected a Tensor or a Condition, got {type(condition).__name__}")
+        pooled = condition.pooled_prompt_embeds
+        if pooled is not None and self.shift_pooled:
+            scale, bias = self.scale, self.bias
+            if self.mode == "diagonal":
+                if self.pooled_scale is None or self.pooled_bias is None:
+                    raise ValueError(
+                        "ConditionShift: a diagonal shift needs pooled_dim to shift pooled_prompt_embeds "
+                        f"(here {pooled.shape[-1]}); shift_pooled=False leaves them as they are"
+                    )
+                scale, bias = self.pooled_scale, self.pooled_bias
+            pooled = self._shift(pooled, scale, bias, None, "pooled_prompt_embeds")
+        embeds, mask = condition.prompt_embeds, condition.prompt_embeds_mask
+        return Condition(self._shift(embeds, self.scale, self.bias, mask, "prompt_embeds"), mask, pooled)
+
+    def _shift(self, values: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, name: str) -> Tensor:
+        if not values.is_floating_point():
+            raise TypeError(
+                f"ConditionShift: {name} must be floating point, got {values.dtype}; shift embeddings, not labels or "
+                "token ids"
+            )
+        if scale.device != values.device:
+            raise ValueError(
+                f"ConditionShift: the shift is on {scale.device} but {name} on {values.device}; move it once: "
+                f'shift.to("{values.device}")'
+            )
+        if scale.dim() and values.shape[-1] != scale.shape[0]:
+            raise ValueError(
+                f"ConditionShift: {name} has {values.shape[-1]} channels but the diagonal was made for {scale.shape[0]}"
+            )
+        return ops.condition_shift(values, scale, bias, mask=mask)
+
+    def extra_repr(self) -> str:
+        def text(value: Tensor) -> str:
+            return f"{value.item():g}" if value.dim() == 0 else f"[{value.numel()}]"
+
+        return f"mode={self.mode}, scale={text(self.scale)}, bias={text(self.bias)}, shift_pooled={self.shift_pooled}"
