@@ -1,0 +1,231 @@
+"""The command ``apex-fast``: train, generate, eval, env, demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from apex_fast.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong usage, 128 + signal if it was stopped.
+
+    Mistakes of the user (keys, paths, missing extras) are told in one line on stderr, not as a traceback;
+    APEX_FAST_TRACEBACK=1 shows it.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # The models are local folders; without this the libraries would try to reach a hub first.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        if arguments[:1] == ["train"]:
+            # The keys of a run are too many and too nested for argparse; the config parses them itself.
+            return _train(arguments[1:])
+        options = _parser().parse_args([arguments[0], *map(_hyphens, arguments[1:])] if arguments else ["--help"])
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\napex-fast: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except _user_errors() as error:
+        if os.environ.get("APEX_FAST_TRACEBACK"):
+            raise
+        print(f"apex-fast: {error}", file=sys.stderr)
+        return 2 if type(error).__name__ == "SettingsError" else 1
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    from apex_fast.finite import NonFiniteLossError
+    from apex_fast.training.checkpoint import CheckpointError
+    from apex_fast.training.settings import SettingsError
+
+    return SettingsError, CheckpointError, NonFiniteLossError, FileNotFoundError, ImportError
+
+
+def _hyphens(word: str) -> str:
+    """``--num_inference_steps`` as ``--num-inference-steps``: both spellings are accepted everywhere."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="apex-fast",
+        description="One-step text-to-image generators from pretrained flow models by condition shifting.",
+    )
+    parser.add_argument("--version", action="version", version=f"apex_fast {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    # Only listed here; main() hands `train` over before this parser sees it.
+    commands.add_parser(
+        "train", help="train or tune: apex-fast train CONFIG.yaml [--key value ...]; train --help lists all keys"
+    )
+
+    generate = commands.add_parser(
+        "generate", help="draw pictures from prompts", description="Draws pictures from prompts."
+    )
+    generate.add_argument(
+        "model", metavar="RUN", help="folder of a run, a checkpoint or a saved model, or digits_start"
+    )
+    generate.add_argument("--prompt", nargs="+", required=True, help="one or several texts, each in quotes")
+    generate.add_argument("--num-inference-steps", "--steps", type=int, default=1, help="sampling steps (default 1)")
+    generate.add_argument("--n", type=int, default=4, help="images of each prompt (default 4)")
+    generate.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    generate.add_argument(
+        "--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none (default)"
+    )
+    generate.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    generate.add_argument("--out", type=Path, help="PNG to write (default: RUN/generated/...)")
+    generate.add_argument("--size", type=int, default=256, help="edge of a single picture in pixels (default 256)")
+    generate.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser("eval", help="score a run", description="Scores a run on the digits.")
+    evaluate.add_argument(
+        "model", metavar="RUN", help="folder of a run, a checkpoint or a saved model, or digits_start"
+    )
+    evaluate.add_argument(
+        "--nfe", default="1,4,50", type=_step_list, help="numbers of steps, with commas (default 1,4,50)"
+    )
+    evaluate.add_argument("--samples", type=int, default=600, help="images to compare, at most 600 (default)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of noise and prompts (default 0)")
+    evaluate.add_argument(
+        "--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none (default)"
+    )
+    evaluate.add_argument("--out", type=Path, help="JSON to write (default: RUN/eval.json)")
+    evaluate.set_defaults(run=_evaluate)
+
+    environment = commands.add_parser("env", help="versions, how the library was built, what runs where")
+    environment.set_defaults(run=_environment)
+
+    demo = commands.add_parser(
+        "demo",
+        help="tune a small network to one step on real scans, with table and pictures",
+        description="Tunes a small network to one step on real scans: a table, pictures and a report page, in at "
+        "most 8 minutes on two cores.",
+    )
+    demo.add_argument(
+        "--output-dir", type=Path, default=Path("runs/demo"), help="folder of the results (default runs/demo)"
+    )
+    demo.add_argument("--quick", action="store_true", help="a few steps only, to see that everything works")
+    demo.add_argument("--start", help="another start than the one that ships: the folder of a model or a run")
+    demo.add_argument("--seed", type=int, help="another seed than the recipe's")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _step_list(text: str) -> list[int]:
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError:
+        steps = []
+    if not steps or min(steps) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of steps such as 1,4,50, got {text!r}")
+    return steps
+
+
+# ---- commands
+
+_TRAIN_USAGE = """usage: apex-fast train CONFIG.yaml [--key value ...]
+       apex-fast train RUN/config.yaml --resume_from_checkpoint latest
+
+Every key of the config file can be set on the command line, as --learning_rate or --learning-rate; keys of a section
+with a dot: --shift.scale -1. A list takes several values, each in quotes.
+"""
+
+
+def _train(arguments: list[str]) -> int:
+    from apex_fast.training.config import TrainConfig, load_config
+    from apex_fast.training.settings import SettingsError, help_text
+
+    if "--help" in arguments or "-h" in arguments:
+        print(_TRAIN_USAGE + "\n" + help_text(TrainConfig))
+        return 0
+    path: str | None = None
+    if arguments and not arguments[0].startswith("--"):
+        path, arguments = arguments[0], arguments[1:]
+    elif arguments[:1] == ["--config"]:
+        if len(arguments) < 2:
+            raise SettingsError("--config needs a file")
+        path, arguments = arguments[1], arguments[2:]
+    if path is None and not arguments:
+        raise SettingsError(
+            "train needs a config: apex-fast train CONFIG.yaml [--key value ...]; `apex-fast train --help` lists the "
+            "keys"
+        )
+    config = load_config(path, arguments)
+    from apex_fast.training.loop import Trainer
+
+    return Trainer(config).run().exit_code
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from apex_fast.generate import generate, picture_path, write_picture
+
+    try:
+        images, which = generate(
+            options.model,
+            options.prompt,
+            images_per_prompt=options.n,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            negative_prompt=options.negative_prompt,
+            seed=options.seed,
+            device=options.device,
+        )
+    except ValueError as error:
+        print(f"apex-fast generate: {error}", file=sys.stderr)
+        return 2
+    name = options.prompt[0] + (f" and {len(options.prompt) - 1} more" if len(options.prompt) > 1 else "")
+    path = options.out or picture_path(options.model, name, options.num_inference_steps, options.seed)
+    write_picture(images, options.prompt, path, size=options.size)
+    steps = options.num_inference_steps
+    print(
+        f"{len(images)} picture{'s' if len(images) > 1 else ''} in {steps} step{'s' if steps > 1 else ''} by {which}",
+        file=sys.stderr,
+    )
+    print(path)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from apex_fast.generate import evaluate_run, evaluation_table, write_evaluation
+
+    try:
+        result = evaluate_run(
+            options.model,
+            options.nfe,
+            samples=options.samples,
+            seed=options.seed,
+            guidance_scale=options.guidance_scale,
+        )
+    except ValueError as error:
+        print(f"apex-fast eval: {error}", file=sys.stderr)
+        return 2
+    print(f"{result['model']}, {options.samples} samples")
+    print(evaluation_table(result))
+    base = Path(options.model) if Path(options.model).is_dir() else Path(".")
+    print(write_evaluation(result, options.out or base / "eval.json"))
+    return 0
+
+
+def _environment(options: argparse.Namespace) -> int:
+    from apex_fast import info
+
+    return info.main() or 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from apex_fast.demo import run_demo
+
+    return run_demo(options.output_dir, quick=options.quick, start=options.start, seed=options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""Checkpoints: whole or absent, exact on resume, recognised when damaged, and usable after a real kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("yaml")
+
+from tiny_runs import keys, losses, make_start, start_process
+
+from apex_fast.training import checkpoint
+from apex_fast.training.checkpoint import CheckpointError
+from apex_fast.training.config import load_config
+from apex_fast.training.loop import Trainer
+
+
+@pytest.fixture(scope="module")
+def tiny_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("tiny") / "start")
+
+
+# ---- state trees
+
+
+def test_a_state_tree_comes_back_exactly(tmp_path: Path) -> None:
+    shared = torch.randn(3)
+    state = {
+        "state": {0: {"step": torch.tensor(3.0), "m": shared}, 1: {"m": shared}},
+        "groups": [{"lr": 1e-3, "betas": (0.9, 0.99), "params": [0, 1], "fused": None}],
+        "flags": torch.tensor([True, False]),
+        "half": torch.randn(2, 3, dtype=torch.bfloat16),
+        "strided": torch.randn(4, 6)[:, ::2],
+        "empty": torch.empty(0, 5),
+        "text.with.dots": "x",
+    }
+    checkpoint.save_state(tmp_path, "s", state)
+    again = checkpoint.load_state(tmp_path, "s")
+
+    def same(a: object, b: object) -> bool:
+        if isinstance(a, torch.Tensor):
+            return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)):
+            return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return a == b and type(a) is type(b)
+
+    assert same(state, again)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_what_would_need_pickle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="s: a.0 is a Path"):
+        checkpoint.save_state(tmp_path, "s", {"a": [type("Path", (), {})()]})
+    with pytest.raises(TypeError, match="neither text nor whole numbers"):
+        checkpoint.save_state(tmp_path, "s", {(1, 2): 3})
+
+
+def test_every_random_state_is_restored() -> None:
+    own = torch.Generator().manual_seed(3)
+
+    def draw() -> list[float]:
+        return [
+            torch.rand(1).item(),
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(),
+            torch.rand(1, generator=own).item(),
+        ]
+
+    random.gauss(0, 1), np.random.randn()  # leaves a cached second number in both
+    states = checkpoint.random_states({"own": own})
+    first = draw()
+    assert draw() != first
+    checkpoint.restore_random_states(states, {"own": own})
+    assert draw() == first
+    with pytest.raises(CheckpointError, match="random states of"):
+        checkpoint.restore_random_states(states, {"other": own})
+
+
+# ---- folders
+
+
+def write_one(folder: Path, step: int, text: str = "x" * 100) -> Path:
+    target = folder / f"checkpoint-{step}"
+    checkpoint.write_folder(target, lambda f: (f / "weights.txt").write_text(text))
+    return target
+
+
+def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
+    target = write_one(tmp_path, 1, "old")
+
+    def fail(folder: Path) -> None:
+        (folder / "weights.txt").write_text("new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_folder(target, fail)
+    assert (target / "weights.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    write_one(tmp_path, 1, "newer")
+    assert (target / "weights.txt").read_text() == "newer"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing", "no manifest", "manifest cut"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, harm: str) -> None:
+    write_one(tmp_path, 9)
+    bad = write_one(tmp_path, 10)
+    if harm == "cut":
+        (bad / "weights.txt").write_text("x" * 40)
+    elif harm == "missing":
+        (bad / "weights.txt").unlink()
+    elif harm == "no manifest":
+        (bad / "manifest.json").unlink()
+    else:
+        (bad / "manifest.json").write_text('{"files": {')
+    assert checkpoint.resolve_checkpoint("latest", tmp_path).name == "checkpoint-9"
+    with pytest.raises(CheckpointError, match="not a complete checkpoint.*Complete ones.*checkpoint-9"):
+        checkpoint.resolve_checkpoint("checkpoint-10", tmp_path)
+
+
+def test_latest_is_by_number_and_errors_name_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete checkpoint; leave the key out"):
+        checkpoint.resolve_checkpoint("latest", tmp_path)
+    for step in (5, 40, 100):
+        write_one(tmp_path, step)
+    assert checkpoint.resolve_checkpoint("latest", tmp_path).name == "checkpoint-100"
+    assert checkpoint.resolve_checkpoint(str(tmp_path / "checkpoint-5"), "elsewhere").name == "checkpoint-5"
+    with pytest.raises(CheckpointError, match="no such folder. Complete checkpoints.*checkpoint-5, checkpoint-40"):
+        checkpoint.resolve_checkpoint("checkpoint-7", tmp_path)
+
+
+def test_pruning_keeps_the_newest_and_clears_what_kills_left(tmp_path: Path) -> None:
+    for step in (5, 40, 100):
+        write_one(tmp_path, step)
+    (tmp_path / ".checkpoint-120.partial-77").mkdir()
+    (tmp_path / "samples").mkdir()
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-40", "samples"]
+    checkpoint.prune(tmp_path, None)
+    assert len(checkpoint.checkpoints(tmp_path)) == 2
+
+
+# ---- runs
+
+
+def run(start: Path, folder: Path, *more: str, until: int | None = None) -> Trainer:
+    trainer = Trainer(load_config(None, keys(start, folder, *more)))
+    trainer.run(until=until)
+    return trainer
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {f"{p.relative_to(folder)}:{k}": v for p in folder.rglob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    first, second = tensors_of(a), tensors_of(b)
+    assert first.keys() == second.keys() and len(first) > 20
+    # Python's own generator: libraries draw from it while they are imported, which a resumed process does once more. No
+    # run uses it.
+    different = [
+        name for name in first if name != "random.safetensors:python.1" and not torch.equal(first[name], second[name])
+    ]
+    assert not different, f"{len(different)} of {len(first)} tensors differ, e.g. {different[:3]}"
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen"])
+def test_two_halves_in_two_processes_give_the_numbers_of_one_run(tiny_start: Path, tmp_path: Path, kind: str) -> None:
+    """Dropout in the network, a trained diagonal shift, accumulation and empty prompts: every source of state at
+    once."""
+    options = (
+        *(
+            "--max_train_steps",
+            "6",
+            "--gradient_accumulation_steps",
+            "2",
+            "--proportion_empty_prompts",
+            "0.2",
+            "--real_branch",
+            kind,
+        ),
+        *(
+            "--shift.mode",
+            "diagonal",
+            "--shift.trainable",
+            "true",
+            "--lr_scheduler",
+            "cosine",
+            "--checkpointing_steps",
+            "3",
+        ),
+        *("--validation_prompts", "a handwritten three", "--validation_steps", "2"),
+        *("--train_batch_size", "100"),
+    )
+    run(tiny_start, tmp_path / "whole", *options)
+    run(tiny_start, tmp_path / "halves", *options, until=3)
+    command = [
+        "-m",
+        "apex_fast.cli",
+        "train",
+        *keys(tiny_start, tmp_path / "halves", *options, "--resume_from_checkpoint", "latest"),
+    ]
+    process = start_process(command)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "going on from step 3" in error
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 6
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint-6", tmp_path / "halves" / "checkpoint-6")
+    assert_same_checkpoint(tmp_path / "whole" / "model", tmp_path / "halves" / "model")
+
+
+KILLED_IN_A_SAVE = """
+import sys, time
+from apex_fast.training import checkpoint
+from apex_fast.training.config import load_config
+from apex_fast.training.loop import Trainer
+real = checkpoint.save_state
+def slow(folder, name, state):
+    real(folder, name, state)
+    if name == "optimizer" and "checkpoint-4" in folder.name:
+        print("half", flush=True)
+        time.sleep(60)
+checkpoint.save_state = slow
+Trainer(load_config(None, sys.argv[1:])).run()
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tiny_start: Path, tmp_path: Path) -> None:
+    options = ("--checkpointing_steps", "2")
+    run(tiny_start, tmp_path / "whole", *options)
+    process = start_process(["-c", KILLED_IN_A_SAVE, *keys(tiny_start, tmp_path / "killed", *options)])
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "half", process.communicate()[1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    names = sorted(p.name for p in (tmp_path / "killed").iterdir() if "checkpoint" in p.name)
+    assert len(names) == 2 and names[0].startswith(".checkpoint-4.partial-") and names[1] == "checkpoint-2"
+    trainer = Trainer(
+        load_config(None, keys(tiny_start, tmp_path / "killed", *options, "--resume_from_checkpoint", "latest"))
+    )
+    assert trainer.step == 2
+    trainer.run()
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".checkpoint*"))
+
+
+def test_a_checkpoint_is_diffusers_layout_and_no_pickle(tiny_start: Path, tmp_path: Path) -> None:
+    from diffusers import SanaTransformer2DModel
+
+    run(tiny_start, tmp_path, "--max_train_steps", "1", "--objective.warmup_steps", "0", "--objective.ramp_steps", "0")
+    folder = tmp_path / "checkpoint-1"
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".safetensors"}
+    SanaTransformer2DModel.from_pretrained(folder / "model" / "transformer")
+    SanaTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer")
+    run_state = json.loads((folder / "trainer.json").read_text())
+    assert (run_state["step"], run_state["samples_seen"]) == (1, 8)
+    assert run_state["start"]["path"] == str(tiny_start) and len(run_state["start"]["fingerprint"]) == 64
+
+
+def test_a_frozen_branch_that_is_another_model_now_is_refused(tiny_start: Path, tmp_path: Path) -> None:
+    import shutil
+
+    start = tmp_path / "start"
+    shutil.copytree(tiny_start, start)
+    run(start, tmp_path / "run", "--real_branch", "frozen", "--max_train_steps", "3", until=2)
+    shutil.rmtree(start)
+    shutil.copytree(tmp_path / "run" / "checkpoint-2" / "model", start)
+    resume = ("--real_branch", "frozen", "--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    with pytest.raises(CheckpointError, match="was tuned from another model"):
+        Trainer(load_config(None, keys(start, tmp_path / "run", *resume)))
+    with pytest.raises(CheckpointError, match="is of a run with loss: correction"):
+        Trainer(load_config(None, keys(start, tmp_path / "run", *resume, "--loss", "paper")))
+
+
+def test_limits_and_a_second_run_in_the_same_folder(tiny_start: Path, tmp_path: Path) -> None:
+    from apex_fast.training.settings import SettingsError
+
+    options = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    run(tiny_start, tmp_path, *options)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    with pytest.raises(
+        SettingsError, match="already holds a run.*--resume_from_checkpoint latest.*--overwrite_output_dir"
+    ):
+        run(tiny_start, tmp_path, *options)
+    run(tiny_start, tmp_path, *options, "--overwrite_output_dir", "true", until=1)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [step for step, *_ in losses(tmp_path)] == [1]
+
+
+def test_going_back_does_not_mix_two_histories(tiny_start: Path, tmp_path: Path) -> None:
+    run(tiny_start, tmp_path / "run", "--checkpointing_steps", "2")
+    resume = ("--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"))
+    with pytest.raises(
+        CheckpointError, match="newer checkpoints than checkpoint-2 .checkpoint-4.; write another output_dir"
+    ):
+        Trainer(load_config(None, keys(tiny_start, tmp_path / "run", *resume)))
+    branch = Trainer(load_config(None, keys(tiny_start, tmp_path / "branch", *resume)))
+    branch.run()
+    assert_same_checkpoint(tmp_path / "run" / "checkpoint-4", tmp_path / "branch" / "checkpoint-4")
+
+
+def test_a_diverged_run_is_not_saved(tiny_start: Path, tmp_path: Path) -> None:
+    from apex_fast.finite import NonFiniteLossError
+
+    def poison(trainer: Trainer) -> None:
+        if trainer.step == 1:
+            with torch.no_grad():
+                next(iter(trainer.backbone.transformer.parameters())).fill_(float("nan"))
+
+    trainer = Trainer(load_config(None, keys(tiny_start, tmp_path, "--checkpointing_steps", "1")), callbacks=[poison])
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        trainer.run()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
