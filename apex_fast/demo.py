@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apex_fast.command import command_name
 from apex_fast.data.digits import WORDS, Digits
 from apex_fast.evaluation import report
 from apex_fast.evaluation.digits import digit_floor, evaluate_digits
@@ -346,8 +347,8 @@ def _write(
     page = folder / "report.html"
     place = shlex.quote(str(folder))
     commands = [
-        f'apex-fast generate {place} --prompt "a handwritten three"',
-        "apex-fast train examples/digits_full.yaml      # the longer run, as good in one step as the start in fifty",
+        f'{command_name()} generate {place} --prompt "a handwritten three"',
+        f"{command_name()} train examples/digits_full.yaml      # the longer run",
         f"{samples}  {page}      # open them in a picture viewer and a browser",
     ]
     header, table = results.table()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apex_fast.command import command_name
 from apex_fast.condition import Condition
 from apex_fast.objective import ApexObjective
 from apex_fast.sampler import sample
@@ -245,7 +246,8 @@ class Trainer:
             elif stop.received is not None:
                 console.say(
                     f"stopped at step {self.step} of {config.max_train_steps}; saved {path}\n"
-                    f"to go on: apex-fast train {self.output_dir / 'config.yaml'} --resume_from_checkpoint latest"
+                    f"to go on: {command_name()} train {self.output_dir / 'config.yaml'} "
+                    "--resume_from_checkpoint latest"
                 )
         return RunResult(self.step, finished, 0 if finished else stop.exit_code, time.monotonic() - begun)
 
