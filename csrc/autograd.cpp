@@ -41,6 +41,22 @@ bool any_wants_gradient(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (wants_gradient(tensors) || ...);
 }
 
+bool has_tangent(const Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+bool has_tangent(const OptionalTensor& tensor) {
+  return tensor && has_tangent(*tensor);
+}
+
+// Without a formula a tangent would be dropped, and the result of forward mode be zero without a word.
+template <class... Tensors>
+void refuse_forward_mode(const char* op, const Tensors&... tensors) {
+  TORCH_CHECK(!(has_tangent(tensors) || ...), op,
+              ": forward-mode derivatives are not implemented; use reverse mode, or the plain torch formula of the "
+              "same name in "
+              "apex_fast.ops.reference");
+}
+
 template <class... Tensors>
 void refuse_gradient(const char* message, const Tensors&... tensors) {
   TORCH_CHECK(!any_wants_gradient(tensors...), message);
@@ -127,6 +143,7 @@ struct ConditionShift : Function<ConditionShift> {
 
 Tensor condition_shift_autograd(const Tensor& condition, const Tensor& scale, const Tensor& bias,
                                 const OptionalTensor& mask) {
+  refuse_forward_mode("condition_shift", condition, scale, bias);
   if (any_wants_gradient(condition, scale, bias)) return ConditionShift::apply(condition, scale, bias, mask);
   at::AutoDispatchBelowADInplaceOrView below;
   return condition_shift_op().call(condition, scale, bias, mask);
@@ -174,6 +191,7 @@ struct Interpolate : Function<Interpolate> {
 };
 
 Tensor interpolate_autograd(const Tensor& x, const Tensor& z, const Tensor& t) {
+  refuse_forward_mode("interpolate", x, z);
   refuse_gradient("interpolate: t has no derivative; detach it", t);
   if (any_wants_gradient(x, z)) return Interpolate::apply(x, z, t);
   at::AutoDispatchBelowADInplaceOrView below;
@@ -225,6 +243,7 @@ struct Renoise : Function<Renoise> {
 
 std::tuple<Tensor, Tensor> renoise_autograd(const Tensor& velocity, const Tensor& x_s, const Tensor& s, const Tensor& z,
                                             const Tensor& t) {
+  refuse_forward_mode("renoise", velocity, x_s, z);
   refuse_gradient(
       "renoise: differentiable in velocity only; detach x_s, s, z and t (apex_fast.path has plain torch formulas)", x_s,
       s, z, t);
@@ -310,6 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> shifted_velocity_loss_autograd(const Optional
                                                                   const Tensor& v_real, const Tensor& target,
                                                                   const OptionalTensor& v_uncond, double guidance_scale,
                                                                   std::optional<double> clip) {
+  refuse_forward_mode("shifted_velocity_loss", v_gen, v_shift, target);
   // v_real and v_uncond stand under a stop-gradient by definition (Eq. 17): no error, no gradient.
   if (any_wants_gradient(v_gen, v_shift, target)) {
     const auto out = ShiftedVelocityLoss::apply(v_gen, v_shift, v_real, target, v_uncond, guidance_scale, clip);
@@ -373,6 +393,7 @@ struct MixedVelocityLoss : Function<MixedVelocityLoss> {
 
 Tensor mixed_velocity_loss_autograd(const Tensor& velocity, const Tensor& x, const Tensor& z,
                                     const OptionalTensor& v_fake, double mix_weight) {
+  refuse_forward_mode("mixed_velocity_loss", velocity, x, z);
   // v_fake stands under a stop-gradient by definition (Eq. 24): no error, no gradient.
   if (any_wants_gradient(velocity, x, z)) return MixedVelocityLoss::apply(velocity, x, z, v_fake, mix_weight);
   at::AutoDispatchBelowADInplaceOrView below;
@@ -445,6 +466,7 @@ struct SamplerStep : Function<SamplerStep> {
 Tensor sampler_step_autograd(const Tensor& x, const Tensor& velocity, const Tensor& t, const Tensor& t_next,
                              const OptionalTensor& noise, const OptionalTensor& v_uncond, double guidance_scale,
                              double stochasticity) {
+  refuse_forward_mode("sampler_step", x, velocity, noise, v_uncond);
   refuse_gradient("sampler_step: t and t_next have no derivative; detach them", t, t_next);
   if (any_wants_gradient(x, velocity, noise, v_uncond))
     return SamplerStep::apply(x, velocity, t, t_next, noise, v_uncond, guidance_scale, stochasticity);

@@ -5,13 +5,14 @@ Common to all of them:
 * Tensors are ``[B, ...]`` of any shape. Velocities ``v_*`` may be fp32, bf16, fp16 or fp64. State tensors (x, z,
   target) are fp32, fp64 or have the velocity's own half dtype. Times are ``[B]``, fp32 or fp64, in units of the
   path: 1 is pure noise, 0 is data.
-* A kernel reads each tensor as it is given and computes in fp32 (fp64 as soon as one tensor is fp64). No upcast copy
-  is made, and there is no autocast rule, which would make one.
+* A kernel reads each tensor as it is given and computes in fp32, or in fp64 as soon as one of the ``[B, ...]`` tensors
+  is fp64 (the condition, in ``condition_shift``). No upcast copy is made, and there is no autocast rule, which would
+  make one.
 * Dense tensors run without a copy, permuted ones (channels_last, a moved batch dimension) and slices of the batch
   too. Any other layout, such as a slice of the channels, is copied once, and so is an operand whose layout differs
   from that of the first tensor named in the signature's ``[B, ...]`` group.
 * Results repeat bit for bit and do not depend on the number of threads.
-* First derivatives only: differentiating twice raises.
+* Reverse mode and first derivatives only: differentiating twice, or in forward mode, raises.
 
 Below, N stands for the bytes of one velocity; state tensors of another dtype count for what they are.
 """

@@ -190,7 +190,8 @@ def shifted_velocity_loss_backward(
     output_mask: tuple[bool, bool, bool] | list[bool] = (True, True, False),
     grad_gen_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(v_shift, v_real, target, v_uncond)
+    wide = grad_gen_dtype == torch.float64
+    dtype = torch.float64 if wide else compute_dtype(v_shift, v_real, target, v_uncond)
     per_sample = max(v_shift[0].numel() if v_shift.shape[0] else 1, 1)
     shift = v_shift.to(dtype)
     grad_gen, grad_shift, grad_target = _nothing(v_shift, grad_gen_dtype), _nothing(v_shift), _nothing(target)

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from . import reference
+from . import checks, reference
 
 OPS = ("condition_shift", "interpolate", "renoise", "shifted_velocity_loss", "mixed_velocity_loss", "sampler_step")
+CUDA_OPS = ("interpolate",)  # those with sources in csrc/cuda
 TWINS = tuple(name + suffix for name in OPS for suffix in ("", "_backward"))
 
-_MEND = {
-    "cuda": "put nvcc on PATH, then APEX_FAST_CUDA=on pip install --force-reinstall --no-deps . in the source folder",
-}
 _told: set[str] = set()
 
 
@@ -28,11 +26,19 @@ def _device_of(arguments: tuple[object, ...]) -> str:
     return next((a.device.type for a in arguments if isinstance(a, Tensor)), "unknown device")
 
 
+def _mend(op: str, device: str) -> str:
+    if device != "cuda":
+        return "there are kernels for cpu and cuda only"
+    if op.removesuffix("_backward") not in CUDA_OPS:
+        return "this version of apex_fast has no CUDA kernel of it; a later one may"
+    return "put nvcc on PATH, then APEX_FAST_CUDA=on pip install --force-reinstall --no-deps . in the source folder"
+
+
 def _announce(op: str, device: str, setting: str) -> None:
     """Refuse under ``compiled``; under ``auto`` say once per device type that the plain torch twins run."""
     if setting == "reference":
         return
-    mend = _MEND.get(device, "there are kernels for cpu and cuda only")
+    mend = _mend(op, device)
     if setting == "compiled":
         raise RuntimeError(
             f"apex_fast::{op} has no compiled kernel for {device} in this build, and APEX_FAST_KERNELS=compiled forbids"
@@ -49,9 +55,10 @@ def _announce(op: str, device: str, setting: str) -> None:
 
 
 def _fallback(op: str, setting: str) -> Callable[..., object]:
-    twin = getattr(reference, op)
+    twin, check = getattr(reference, op), checks.checks_of(op)
 
     def run(*arguments: object, **options: object) -> object:
+        check(*arguments, **options)
         _announce(op, _device_of(arguments), setting)
         return twin(*arguments, **options)
 

@@ -20,15 +20,20 @@ inline DType dtype_of(at::ScalarType type) {
       return DType::F64;
     case at::kHalf:
       return DType::F16;
-    default:
+    case at::kBFloat16:
       return DType::BF16;
+    default:
+      TORCH_CHECK(false, "apex_fast: no kernel for ", type);
   }
 }
 
-inline void check_float(const char* op, const char* name, const at::Tensor& tensor) {
-  const auto type = tensor.scalar_type();
+inline void check_float_type(const char* op, const char* name, at::ScalarType type) {
   TORCH_CHECK(type == at::kFloat || type == at::kDouble || is_half(type), op, ": ", name,
               " must be float32, float64, bfloat16 or float16, got ", type);
+}
+
+inline void check_float(const char* op, const char* name, const at::Tensor& tensor) {
+  check_float_type(op, name, tensor.scalar_type());
 }
 
 // A sample tensor [B, ...] like `reference`.

@@ -27,6 +27,7 @@ std::tuple<at::Tensor, at::Tensor> renoise_cpu(const at::Tensor& velocity, const
 at::Tensor renoise_backward_cpu(const at::Tensor& grad_x_fake_t, const at::Tensor& grad_target, const at::Tensor& s,
                                 const at::Tensor& t, at::ScalarType velocity_dtype) {
   constexpr auto op = "renoise_backward";
+  check_float_type(op, "velocity_dtype", velocity_dtype);
   check_batched(op, "grad_x_fake_t", grad_x_fake_t);
   check_sample(op, "grad_target", grad_target, "grad_x_fake_t", grad_x_fake_t);
   check_per_sample(op, "s", s, "grad_x_fake_t", grad_x_fake_t);

@@ -53,6 +53,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sampler_step_backward
   check_per_sample(op, "t", t, "grad", grad);
   check_per_sample(op, "t_next", t_next, "grad", grad);
   check_stochasticity(op, stochasticity);
+  check_float_type(op, "velocity_dtype", velocity_dtype);
+  if (uncond_dtype) check_float_type(op, "uncond_dtype", *uncond_dtype);
+  if (noise_dtype) check_float_type(op, "noise_dtype", *noise_dtype);
   const Times times = times_of(t), next = times_of(t_next);
   const double conditional = guided ? guidance_scale : 1.0;
   const std::array<at::ScalarType, 4> types{grad.scalar_type(), velocity_dtype, uncond_dtype.value_or(velocity_dtype),

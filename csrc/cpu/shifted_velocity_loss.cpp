@@ -85,6 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> shifted_velocity_loss_backward_cp
     std::optional<double> clip, std::array<bool, 3> output_mask, std::optional<at::ScalarType> grad_gen_dtype) {
   constexpr auto op = "shifted_velocity_loss_backward";
   check_arguments(op, v_shift, v_real, target, v_uncond, guidance_scale, clip);
+  if (grad_gen_dtype) check_float_type(op, "grad_gen_dtype", *grad_gen_dtype);
   check_per_sample(op, "grad_fake", grad_fake, "v_shift", v_shift);
   check_per_sample(op, "grad_correction", grad_correction, "v_shift", v_shift);
   SampleLayout layout(v_shift);

@@ -25,7 +25,7 @@ void mixed_velocity_loss_typed(const Geometry& g, const Operand (&inputs)[3 + Mi
   for_each_chunk(g, [&](int64_t b, int64_t chunk, int64_t begin, int64_t end) {
     Tile<C> tiles[3 + Mixed];
     const C* in[3 + Mixed];
-    double total = 0;
+    LaneTotals<C, 1> totals;
     for (int64_t j = begin; j < end; j += tile_size) {
       const int64_t length = std::min(tile_size, end - j);
       read_tiles(g, inputs, b, j, length, tiles, in);
@@ -34,9 +34,9 @@ void mixed_velocity_loss_typed(const Geometry& g, const Operand (&inputs)[3 + Mi
         const V r = residual<C, Mixed>(v, mix, rest);
         sum = sum + r * r;
       });
-      total += sum_lanes<C>(sum);
+      totals.add(0, sum);
     }
-    partials[b * chunks + chunk] = total;
+    partials[b * chunks + chunk] = totals.total(0);
   });
 }
 

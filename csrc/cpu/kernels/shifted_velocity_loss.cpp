@@ -18,7 +18,7 @@ void shifted_velocity_loss_typed(const Geometry& g, const Operand (&inputs)[3 + 
   for_each_chunk(g, [&](int64_t b, int64_t chunk, int64_t begin, int64_t end) {
     Tile<C> tiles[3 + Guided];
     const C* in[3 + Guided];
-    double total[Sums::count] = {};
+    LaneTotals<C, Sums::count> totals;
     for (int64_t j = begin; j < end; j += tile_size) {
       const int64_t length = std::min(tile_size, end - j);
       read_tiles(g, inputs, b, j, length, tiles, in);
@@ -32,9 +32,10 @@ void shifted_velocity_loss_typed(const Geometry& g, const Operand (&inputs)[3 + 
                                     sums.clipped_count,    sums.shift_dot_real, sums.shift_squared,
                                     sums.real_squared,     sums.guided_distance};
       for (int k = 0; k < Sums::count; ++k)
-        total[k] += sum_lanes<C>(lanes[k]);
+        totals.add(k, lanes[k]);
     }
-    std::copy(total, total + Sums::count, partials + (b * chunks + chunk) * Sums::count);
+    for (int k = 0; k < Sums::count; ++k)
+      partials[(b * chunks + chunk) * Sums::count + k] = totals.total(k);
   });
 }
 

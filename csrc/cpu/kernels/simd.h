@@ -256,14 +256,27 @@ static void read_tiles(const Geometry& g, const Operand (&inputs)[In], int64_t b
     in[k] = read_tile(g, inputs[k], b, begin, length, tiles[k]);
 }
 
-template <class C>
-static double sum_lanes(const Vec<C>& v) {
-  C lanes[Vec<C>::size()];
-  v.store(lanes);
-  double sum = 0;
-  for (const C lane : lanes)
-    sum += lane;
-  return sum;
-}
+// Double sums of `Count` quantities, one per SIMD lane: flushing a tile into them is two vector instructions each,
+// where adding the lanes up every time would cost as much as the tile itself.
+template <class C, int Count>
+class LaneTotals {
+ public:
+  void add(int k, const Vec<C>& sum) {
+    C lanes[width];
+    sum.store(lanes);
+    for (int i = 0; i < width; ++i)
+      totals_[k][i] += static_cast<double>(lanes[i]);
+  }
+  double total(int k) const {
+    double sum = 0;
+    for (const double lane : totals_[k])
+      sum += lane;
+    return sum;
+  }
+
+ private:
+  static constexpr int width = Vec<C>::size();
+  double totals_[Count][width] = {};
+};
 
 }  // namespace apex_fast::cpu::APEX_ISA_NAMESPACE
