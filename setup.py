@@ -12,6 +12,7 @@ Settings are environment variables:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -61,7 +62,6 @@ class CMakeBuild(build_ext):
         cmake = apex_toolchain.find_tool("cmake")
         definitions = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
-            "CMAKE_INSTALL_PREFIX": package.parent,
             "CMAKE_MAKE_PROGRAM": apex_toolchain.find_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -72,13 +72,16 @@ class CMakeBuild(build_ext):
             "APEX_FAST_CUDA": os.environ.get("APEX_FAST_CUDA") or "auto",
             "APEX_FAST_CUDA_ARCHS": os.environ.get("APEX_FAST_CUDA_ARCHS", ""),
         }
-        configure = [cmake, "-S", SOURCE, "-B", build, "-G", "Ninja", *self._fresh(build)]
+        configure = [cmake, "-S", SOURCE, "-B", build, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in definitions.items()]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        self._run("configuring", configure)
-        self._run("compiling", [cmake, "--build", build, "--parallel", jobs])
-        self._run("copying the libraries", [cmake, "--install", build])
+        with (build / "lock").open("w") as lock:
+            # Installs that run at once share the folder, and the second one would pull it from under the first.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._run("configuring", [*configure, *self._fresh(build)])
+            self._run("compiling", [cmake, "--build", build, "--parallel", jobs])
+            self._run("copying the libraries", [cmake, "--install", build, "--prefix", package.parent])
 
     def _build_folder(self, torch: apex_toolchain.Torch) -> Path:
         # Not build_temp: an editable install makes that a temporary folder, and every build would start anew.

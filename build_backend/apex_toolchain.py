@@ -140,7 +140,7 @@ def find_torch() -> Torch:
             found["search_path"] = tuple(found["search_path"])
             return Torch(version=found.pop("torch"), **found)
     raise BuildError(
-        "torch is not installed, and the extension is built against the torch that is installed.",
+        "no torch was found, and the extension is built against the torch that is installed.",
         *(f"looked in {executable} {reason}" for executable, reason in tried.items()),
         "Mend it with",
         "  pip install torch==2.13.0",
