@@ -1,0 +1,1 @@
+"""Benchmarks: what the library saves, on the machine in front of you: ``python benchmarks/run.py --help``."""
