@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             # The keys of a run are too many and too nested for argparse; the config parses them itself.
             return _train(arguments[1:])
+        if arguments[:1] == ["env"]:
+            from apex_fast import info
+
+            return info.main(arguments[1:])
         options = _parser().parse_args([arguments[0], *map(_hyphens, arguments[1:])] if arguments else ["--help"])
         return options.run(options)
     except KeyboardInterrupt:
@@ -62,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"apex_fast {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    # Only listed here; main() hands `train` over before this parser sees it.
+    # `train` and `env` are only listed here; main() hands them over before this parser sees them.
     commands.add_parser(
         "train", help="train or tune: apex-fast train CONFIG.yaml [--key value ...]; train --help lists all keys"
     )
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     generate.add_argument("--out", type=Path, help="PNG to write (default: RUN/generated/...)")
     generate.add_argument("--size", type=int, default=256, help="edge of a single picture in pixels (default 256)")
-    generate.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    generate.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
     generate.set_defaults(run=_generate)
 
     evaluate = commands.add_parser("eval", help="score a run", description="Scores a run on the digits.")
@@ -101,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="JSON to write (default: RUN/eval.json)")
     evaluate.set_defaults(run=_evaluate)
 
-    environment = commands.add_parser("env", help="versions, how the library was built, what runs where")
-    environment.set_defaults(run=_environment)
+    commands.add_parser("env", help="versions, how the library was built, what runs where; --json for programs")
 
     demo = commands.add_parser(
         "demo",
@@ -213,12 +216,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     base = Path(options.model) if Path(options.model).is_dir() else Path(".")
     print(write_evaluation(result, options.out or base / "eval.json"))
     return 0
-
-
-def _environment(options: argparse.Namespace) -> int:
-    from apex_fast import info
-
-    return info.main() or 0
 
 
 def _demo(options: argparse.Namespace) -> int:

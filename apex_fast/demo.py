@@ -28,11 +28,14 @@ from apex_fast.evaluation import report
 from apex_fast.evaluation.digits import digit_floor, evaluate_digits
 from apex_fast.sampler import sample
 from apex_fast.training.config import TrainConfig, load_config
-from apex_fast.training.loop import Trainer
+from apex_fast.training.loop import Trainer, claim_folder
 from apex_fast.training.models import load_generator
 
 RECIPE = Path(__file__).parent / "assets" / "digits_demo.yaml"
 """The run of the demo; ``examples/digits_demo.yaml`` is the same file, to be read and changed."""
+
+MARKER = ".apex-fast-demo"
+"""File that a demo puts into its folder before anything else: only such a folder may the next demo overwrite."""
 
 PROMPT = "a handwritten {}"
 SEEDS_PER_PROMPT = 4
@@ -192,13 +195,35 @@ def _facts(scores: dict[str, float]) -> str:
     return f"distance {scores['frechet']:.2f} · accuracy {scores['accuracy']:.2f} · diversity {scores['diversity']:.2f}"
 
 
-def _control(config: TrainConfig, folder: Path) -> TrainConfig:
+def _sizes(network: Any) -> str:
+    """Parameters of the parts, such as "0.70 M parameter transformer, 0.09 M text encoder"."""
+
+    def million(part: torch.nn.Module) -> str:
+        return f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+
+    return f"{million(network.transformer)} parameter transformer, {million(network.text_encoder)} text encoder"
+
+
+def _claim(config: TrainConfig) -> None:
+    """Clears the folders of both runs, or refuses them, now and not after minutes of work; leaves the marker."""
+    claim_folder(config)
+    claim_folder(_control(config))
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("`apex-fast demo` wrote this folder and may overwrite it.\n", encoding="utf-8")
+
+
+def _control(config: TrainConfig) -> TrainConfig:
     """The same run without a shift: c_fake = c."""
     shift = dataclasses.replace(
         config.shift, mode="scalar", scale=1.0, bias=0.0, trainable=False, train_scale=None, train_bias=None
     )
     return dataclasses.replace(
-        config, shift=shift, output_dir=str(folder), validation_steps=None, checkpointing_steps=None
+        config,
+        shift=shift,
+        output_dir=str(Path(config.output_dir) / "control"),
+        validation_steps=None,
+        checkpointing_steps=None,
     )
 
 
@@ -213,6 +238,8 @@ def run_demo(
     1 if not, 128 + signal if it was stopped.
 
     start: another start than the one that ships. quick: a few steps, to see that everything works.
+
+    A folder that an earlier demo wrote is overwritten. Raises SettingsError if it holds another run.
     """
     begun = time.monotonic()
     say = functools.partial(print, flush=True)
@@ -222,10 +249,10 @@ def run_demo(
     steps = config.max_train_steps
     results = Results(steps=steps, control_steps=max(1, round(steps * size.control_share)))
     network, _ = load_generator(config.pretrained_model_name_or_path or "")
-    million = sum(p.numel() for p in network.transformer.parameters()) / 1e6
+    _claim(config)
     say(
-        f"apex-fast demo: a {million:.2f} M parameter text-to-image network, trained on 1,197 scanned digits, learns "
-        "to draw in one step.\n"
+        f"apex-fast demo: a text-to-image network ({_sizes(network)}), trained on 1,197 scanned digits, learns to draw "
+        "in one step.\n"
         f"Everything goes to {folder}/. {torch.get_num_threads()} threads.\n"
     )
 
@@ -252,7 +279,7 @@ def run_demo(
     pictures["tuned"] = _pictures_of(tuned, 1)
 
     say(f"\n3/4  the control: the same without a shift, {results.control_steps} training steps")
-    control_trainer = Trainer(_control(config, folder / "control"), label="control", stream=sys.stdout)
+    control_trainer = Trainer(_control(config), label="control", stream=sys.stdout)
     done = control_trainer.run(until=results.control_steps)
     if done.step < results.control_steps:
         return done.exit_code
@@ -281,7 +308,10 @@ def run_demo(
 
 
 def _config(folder: Path, size: Size, start: str | None, seed: int | None) -> TrainConfig:
-    overrides = ["--output_dir", str(folder), "--overwrite_output_dir"]
+    overrides = ["--output_dir", str(folder)]
+    # details.json: written at the end of a demo, also by versions that left no marker.
+    if (folder / MARKER).exists() or (folder / "details.json").exists():
+        overrides.append("--overwrite_output_dir")
     if start is not None:
         overrides += ["--pretrained_model_name_or_path", start]
     if seed is not None:

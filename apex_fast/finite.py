@@ -1,4 +1,4 @@
-"""Finding a loss that is no longer a number, without making the device wait."""
+"""Finding a loss or a gradient that is no longer a number, without making the device wait."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+GRADIENT_NORM = "gradient norm"
+"""The term of a :class:`NonFiniteLossError` that is no loss."""
+
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss term became NaN or infinite.
+    """A loss term, or the norm of the gradients, became NaN or infinite.
 
     Attributes:
-        term: which one: ``"fake"``, ``"correction"``, ``"supervised"`` or ``"mix"``.
-        step: the step whose loss it was, not the one in which it was found.
+        term: which one: ``"fake"``, ``"correction"``, ``"supervised"``, ``"mix"`` or ``"gradient norm"``.
+        step: the step whose value it was, not the one in which it was found.
     """
 
     def __init__(self, term: str, step: int, value: float) -> None:
-        super().__init__(
-            f"the {term} loss of step {step} is {value}; resume from the last checkpoint with a smaller learning "
-            "rate, a lower correction_weight or gradient clipping, and look at the data of that step"
-        )
+        if term == GRADIENT_NORM:
+            # Clipping is no mend here: it scales by this very norm and hands NaN to the optimizer.
+            message = (
+                f"the gradient norm of step {step} is {value}, so that step has spoilt the weights; resume from the "
+                "last checkpoint with a smaller learning rate or a lower correction_weight, and look at the data of "
+                "that step"
+            )
+        else:
+            message = (
+                f"the {term} loss of step {step} is {value}; resume from the last checkpoint with a smaller learning "
+                "rate, a lower correction_weight or gradient clipping, and look at the data of that step"
+            )
+        super().__init__(message)
         self.term = term
         self.step = step
 
@@ -54,41 +66,51 @@ class FiniteWatch:
     """
 
     def __init__(self) -> None:
-        self._pending: _Record | None = None
+        self._pending: list[_Record] = []
 
     def record(self, step: int, terms: Mapping[str, Tensor]) -> None:
-        """Notes the 0-d device tensors ``terms`` of ``step`` and examines those of the step before.
+        """Notes the 0-d device tensors ``terms`` of ``step`` and examines what was noted before.
 
         Raises:
-            NonFiniteLossError: a term of the step before was not finite.
+            NonFiniteLossError: a term noted before was not finite.
         """
-        values = torch.stack([value.detach().float() for value in terms.values()])
-        ready = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(values.device))
-            values = host
-        previous, self._pending = self._pending, _Record(step, tuple(terms), values, ready)
-        if previous is not None:
-            self._examine(previous)
+        previous, self._pending = self._pending, [_record(step, terms)]
+        self._examine(previous)
+
+    def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
+        """Notes further ``terms`` of the step that :meth:`record` was called for, and examines nothing: that would wait
+        for the losses of this very step.
+        """
+        self._pending.append(_record(step, terms))
 
     def check(self) -> None:
-        """Examines what has been recorded so far, waiting for it if need be.
+        """Examines what has been noted so far, waiting for it if need be.
 
         Raises:
             NonFiniteLossError: a term was not finite.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._examine(pending)
+        pending, self._pending = self._pending, []
+        self._examine(pending)
 
-    def _examine(self, record: _Record) -> None:
-        if record.ready is not None:
-            record.ready.synchronize()
-        for name, value in zip(record.names, record.values.tolist(), strict=True):
-            if not math.isfinite(value):
-                # What was recorded since comes from the same poisoned weights; the caller who recovers starts clean.
-                self._pending = None
-                raise NonFiniteLossError(name, record.step, value)
+    def _examine(self, records: list[_Record]) -> None:
+        for record in records:
+            if record.ready is not None:
+                record.ready.synchronize()
+            for name, value in zip(record.names, record.values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    # What was noted since comes from the same poisoned weights; the caller who recovers starts clean.
+                    self._pending = []
+                    raise NonFiniteLossError(name, record.step, value)
+
+
+def _record(step: int, terms: Mapping[str, Tensor]) -> _Record:
+    """The values of ``terms`` on their way to the host, and the event that says when they are there."""
+    values = torch.stack([value.detach().float() for value in terms.values()])
+    ready = None
+    if values.is_cuda:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(values.device))
+        values = host
+    return _Record(step, tuple(terms), values, ready)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apex_fast.sampler import sample
-from apex_fast.training.models import load_generator
+from apex_fast.training.models import device_of, load_generator
 
 
 def generate(
@@ -30,13 +30,14 @@ def generate(
     naming the model.
 
     run: see :func:`apex_fast.training.models.load_generator`, whose errors this raises. The noise of an image depends
-    on ``seed`` and its place alone. Raises ValueError for counts below 1.
+    on ``seed`` and its place alone. Raises ValueError for counts below 1 and for a device that is not there.
     """
     for name, value in (("images_per_prompt", images_per_prompt), ("num_inference_steps", num_inference_steps)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not prompts:
         raise ValueError("at least one prompt is needed")
+    device = device_of(str(device))
     network, which = load_generator(run)
     network = network.to(device)
     texts = [p for p in prompts for _ in range(images_per_prompt)]

@@ -11,10 +11,11 @@ Two losses are built from the paper's parts (APEX, arXiv 2604.12322):
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from . import ops, paper, schedules
 from .condition import Condition, batch_size, condition_tensors
 from .draws import Draws, normal, state_dtype
-from .finite import FiniteWatch
+from .finite import GRADIENT_NORM, FiniteWatch
 from .path import TimeDistribution
 from .roles import StepInputs, Terms
 from .velocities import Velocities, Velocity
@@ -225,7 +226,7 @@ class ApexObjective:
         x: Tensor,
         condition: Tensor | Condition,
         *,
-        step: int,
+        step: SupportsIndex,
         generator: torch.Generator | None = None,
         draws: Draws | None = None,
         negative_condition: Tensor | Condition | None = None,
@@ -235,10 +236,11 @@ class ApexObjective:
         Args:
             velocities: a callable ``velocity(x_t, t, condition)`` for all roles, or
                 :class:`~apex_fast.velocities.Velocities`.
-            x: data (latents) ``[B, ...]``; the callables get their x_t in its dtype. It is not modified and gets no
-                gradient.
+            x: data (latents) ``[B, ...]`` with B at least 1; the callables get their x_t in its dtype. It is not
+                modified and gets no gradient.
             condition: of the B samples.
-            step: index of this step in the run, from 0; warm-up and ramp depend on it.
+            step: index of this step in the run, from 0, an int or what converts to one without loss, such as
+                ``numpy.int64``; warm-up and ramp depend on it.
             generator: source of the random draws.
             draws: the draws themselves, from :meth:`draw`; then ``generator`` must be left out.
             negative_condition: for ``guidance_scale`` other than 1: batch B, or 1 to be repeated.
@@ -247,6 +249,7 @@ class ApexObjective:
             TypeError, ValueError: arguments that do not fit; a velocity of the wrong shape.
             NonFiniteLossError: a term of the step *before* was NaN or infinite.
         """
+        step = _index(step)
         inputs = self._inputs(velocities, x, condition, step, generator, draws, negative_condition)
         terms = paper.all_graphs(inputs) if self.loss == "paper" else schedules.all_graphs(inputs)
         return self._losses(inputs, terms, step)
@@ -257,7 +260,7 @@ class ApexObjective:
         x: Tensor,
         condition: Tensor | Condition,
         *,
-        step: int,
+        step: SupportsIndex,
         generator: torch.Generator | None = None,
         draws: Draws | None = None,
         negative_condition: Tensor | Condition | None = None,
@@ -268,18 +271,23 @@ class ApexObjective:
         """A step with its backward: adds to the ``.grad`` of the parameters and returns the losses without history.
 
         Args:
-            schedule: order of the passes (:mod:`apex_fast.schedules`); all give the same gradients. ``"sequential"``
-                holds one graph at a time, ``"retain"`` two, ``"joint"`` three in one stacked pass, for which generator
-                and shifted branch must be the same callable. The paper loss runs ``"joint"`` as ``"retain"``, and takes
+            schedule: order of the passes (:mod:`apex_fast.schedules`); all give the same gradients, up to rounding and,
+                for ``"joint"``, dropout. ``"sequential"`` holds one graph at a time, ``"retain"`` two, ``"joint"``
+                three in one stacked pass, for which generator and shifted branch must be the same callable; a network
+                with dropout draws other masks there than under the other two, and the generator's gradient is that of
+                other masks than its samples. The paper loss runs ``"joint"`` as ``"retain"``, and takes
                 ``"sequential"`` only with ``detach_x_fake``. None is ``"sequential"`` wherever that can serve.
             backward: called with each loss in place of ``loss.backward()``, such as ``accelerator.backward``.
             no_sync: makes a context in which gradients are not synchronised, such as ``model.no_sync`` of a
-                DistributedDataParallel; all but the last forward and backward of the step run in one.
+                DistributedDataParallel; all but the last forward and backward of the step run in one. It covers the
+                wrapped module only: a trainable shift lives outside of it, so the caller averages the shift's gradients
+                over the processes, after this call and before the optimizer's step.
             velocities, x, condition, step, generator, draws, negative_condition: as in the call.
 
         Raises:
             as the call; and ValueError for a schedule that cannot serve these velocities, this loss or this condition.
         """
+        step = _index(step)
         table = paper.SCHEDULES if self.loss == "paper" else schedules.SCHEDULES
         if schedule is None:
             schedule = "retain" if self.loss == "paper" and not self.detach_x_fake else "sequential"
@@ -301,8 +309,19 @@ class ApexObjective:
         losses = table[schedule](inputs, backward or torch.Tensor.backward, no_sync)
         return self._losses(inputs, losses, step)
 
+    def watch_gradient_norm(self, norm: Tensor, *, step: SupportsIndex) -> None:
+        """Has the norm of the gradients of ``step`` looked at as the losses are: a finite loss can have a gradient that
+        is not, and what an optimizer makes of it is NaN weights.
+
+        Args:
+            norm: 0-d, as :func:`torch.nn.utils.clip_grad_norm_` returns it; it is not read on the host now, but by the
+                next step or by :meth:`check_finite`.
+            step: the step that was passed to the call or to :meth:`backward`.
+        """
+        self._watch.add(_index(step), {GRADIENT_NORM: norm})
+
     def check_finite(self) -> None:
-        """Examines the losses that are not examined yet; call it before a checkpoint is written.
+        """Examines the losses and gradient norms that are not examined yet; call it before a checkpoint is written.
 
         Raises:
             NonFiniteLossError: naming the term and its step.
@@ -321,11 +340,14 @@ class ApexObjective:
         draws: Draws | None,
         negative_condition: Tensor | Condition | None,
     ) -> StepInputs:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be the index of this training step, a whole number from 0, got {step!r}")
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be a floating-point tensor [B, ...] of data or latents, got {got}")
+        if x.shape[0] == 0:
+            raise ValueError(
+                f"x must hold at least one sample, got {list(x.shape)}: the mean loss of an empty batch is no number; "
+                "skip the step, or drop the data loader's empty batch"
+            )
         if batch_size(condition) != x.shape[0]:
             raise ValueError(
                 f"condition must have the batch size of x, {x.shape[0]}, got {batch_size(condition)}; one condition "
@@ -413,7 +435,7 @@ class ApexObjective:
         if terms.stats is None:
             return {}
         columns = dict(zip(ops.STATS, terms.stats.unbind(1), strict=True))
-        elements = max(inputs.x[0].numel() if inputs.x.shape[0] else 1, 1)
+        elements = max(inputs.x[0].numel(), 1)
         dv, shifted, real = columns["dv_squared"], columns["shift_squared"], columns["real_squared"]
         tiny = torch.finfo(dv.dtype).tiny
         metrics = {
@@ -429,3 +451,14 @@ class ApexObjective:
             # new_full fills on the device; torch.tensor would copy from the host
             metrics["correction_weight"] = dv.new_full((), inputs.correction_weight)
         return metrics
+
+
+def _index(step: SupportsIndex) -> int:
+    """``step`` as an int; a truth value is refused, although Python counts with it, as an argument mixed up."""
+    try:
+        index = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        index = -1
+    if index < 0:
+        raise ValueError(f"step must be the index of this training step, a whole number from 0, got {step!r}")
+    return index

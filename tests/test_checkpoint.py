@@ -151,6 +151,51 @@ def test_pruning_keeps_the_newest_and_clears_what_kills_left(tmp_path: Path) -> 
     assert len(checkpoint.checkpoints(tmp_path)) == 2
 
 
+KILLED_BETWEEN_THE_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from apex_fast.training import checkpoint
+real, target = os.rename, Path(sys.argv[1])
+def rename(old, new):
+    if Path(new) == target:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(old, new)
+checkpoint.os.rename = rename
+checkpoint.write_folder(target, lambda folder: (folder / "weights.txt").write_text("new"))
+"""
+
+
+def test_a_kill_between_the_two_renames_does_not_lose_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    checkpoint.write_folder(target, lambda folder: (folder / "weights.txt").write_text("old"))
+    process = start_process(["-c", KILLED_BETWEEN_THE_RENAMES, str(target)])
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, error
+    assert not target.exists() and len(list(tmp_path.iterdir())) == 2
+    set_aside = checkpoint.replaced(target)
+    assert set_aside is not None and (set_aside / "weights.txt").read_text() == "old"
+    (tmp_path / ".cache.partial-mine").mkdir()
+    checkpoint.restore_replaced(tmp_path)
+    checkpoint.clear_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".cache.partial-mine", "model"]
+    assert (target / "weights.txt").read_text() == "old" and checkpoint.damage(target) is None
+    assert checkpoint.replaced(target) is None
+
+
+def test_a_second_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, real = write_one(tmp_path, 1, "old"), os.rename
+
+    def rename(old: Path, new: Path) -> None:
+        if new == target and "replaced" not in old.name:
+            raise OSError("no space")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="no space"):
+        write_one(tmp_path, 1, "new")
+    assert (target / "weights.txt").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
 # ---- runs
 
 
@@ -302,6 +347,30 @@ def test_limits_and_a_second_run_in_the_same_folder(tiny_start: Path, tmp_path: 
     assert [step for step, *_ in losses(tmp_path)] == [1]
 
 
+def test_a_model_that_was_set_aside_is_found_and_put_back(tiny_start: Path, tmp_path: Path) -> None:
+    from apex_fast.training.models import load_generator, pretrained_folder
+    from apex_fast.training.settings import SettingsError
+
+    run(tiny_start, tmp_path, "--max_train_steps", "3")
+    model, set_aside, saved = (tmp_path / name for name in ("model", ".model.partial-replaced-77", "checkpoint-3"))
+    model.rename(set_aside)
+    (tmp_path / ".model.partial-77").mkdir()
+    # who reads changes nothing
+    assert pretrained_folder(str(tmp_path)) == set_aside
+    assert load_generator(tmp_path)[1] == f"the averaged weights of {saved}"
+    saved.rename(tmp_path / "elsewhere")
+    assert load_generator(tmp_path)[1] == f"the finished model of {tmp_path}"
+    (tmp_path / "elsewhere").rename(saved)
+    # who writes puts it back: a new run, which is then refused, and a resumed one
+    with pytest.raises(SettingsError, match="already holds a run"):
+        run(tiny_start, tmp_path)
+    assert (model / "model_index.json").is_file() and not set_aside.exists()
+    model.rename(set_aside)
+    resume = ("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    assert Trainer(load_config(None, keys(tiny_start, tmp_path, *resume))).step == 3
+    assert (model / "model_index.json").is_file() and not list(tmp_path.glob(".*partial*"))
+
+
 def test_going_back_does_not_mix_two_histories(tiny_start: Path, tmp_path: Path) -> None:
     run(tiny_start, tmp_path / "run", "--checkpointing_steps", "2")
     resume = ("--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"))
@@ -326,3 +395,40 @@ def test_a_diverged_run_is_not_saved(tiny_start: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match="step 1"):
         trainer.run()
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("loss", ["correction", "flow_matching"])
+def test_a_finite_loss_with_an_infinite_gradient_is_not_saved(tiny_start: Path, tmp_path: Path, loss: str) -> None:
+    from apex_fast.finite import NonFiniteLossError
+
+    def poison(trainer: Trainer) -> None:
+        if trainer.step == 1:
+            next(iter(trainer.backbone.transformer.parameters())).register_hook(lambda grad: grad * float("inf"))
+
+    options = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "1", "--loss", loss)
+    trainer = Trainer(load_config(None, keys(tiny_start, tmp_path, *options)), callbacks=[poison])
+    with pytest.raises(NonFiniteLossError, match="gradient norm of step 1 is") as caught:
+        trainer.run()
+    assert (caught.value.term, caught.value.step) == ("gradient norm", 1)
+    # the losses were finite, the weights are not: nothing may be written or pruned, now or on another try
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and all(np.isfinite(v) for k, v in last.items() if k.startswith("loss_"))
+    assert any(not p.isfinite().all() for p in trainer.parameters)
+    with pytest.raises(NonFiniteLossError, match="gradient norm of step 1 is"):
+        trainer.save()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("loss", ["correction", "flow_matching"])
+def test_an_infinite_gradient_is_found_by_the_next_step_without_a_checkpoint(
+    tiny_start: Path, tmp_path: Path, loss: str
+) -> None:
+    from apex_fast.finite import NonFiniteLossError
+
+    options = ("--checkpointing_steps", "null", "--loss", loss)
+    trainer = Trainer(load_config(None, keys(tiny_start, tmp_path, *options)))
+    next(iter(trainer.backbone.transformer.parameters())).register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteLossError, match="gradient norm of step 0 is"):
+        trainer.run()
+    assert trainer.step == 1 and not checkpoint.checkpoints(tmp_path)

@@ -163,6 +163,37 @@ def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__.split("+")[0] in capsys.readouterr().out
 
 
+def test_env_prints_json_or_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from apex_fast import info
+
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ops"] == info.collect()["ops"]
+    assert main(["env", "--build"]) == 0
+    assert capsys.readouterr().out == info.build_line() + "\n"
+    with pytest.raises(SystemExit) as stop:
+        main(["env", "--json", "--build"])
+    assert stop.value.code == 2
+
+
+def test_a_device_that_is_not_there_is_one_line(
+    tiny_start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    def error_of(device: str) -> str:
+        assert main(["generate", str(tiny_start), "--prompt", "x", "--device", device]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        return error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "device cuda: this torch" in error_of("cuda") and "device must be auto" in error_of("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "device cuda:3: this machine has 1 GPU" in error_of("cuda:3")
+    assert not (tiny_start / "generated").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -197,7 +228,16 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "command", [["train", "--help"], ["--help"], ["generate", "--help"], ["eval", "--help"], ["demo", "--help"], []]
+    "command",
+    [
+        ["train", "--help"],
+        ["--help"],
+        ["generate", "--help"],
+        ["eval", "--help"],
+        ["demo", "--help"],
+        ["env", "--help"],
+        [],
+    ],
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:

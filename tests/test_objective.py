@@ -4,6 +4,7 @@ import math
 import warnings
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from small_networks import TextNetwork, VectorNetwork, gradients
@@ -14,6 +15,7 @@ from apex_fast import (
     ApexObjective,
     Condition,
     ConditionShift,
+    NonFiniteLossError,
     TimeDistribution,
     Velocities,
 )
@@ -287,9 +289,30 @@ def test_step_is_required_and_by_keyword():
     for call in (objective(), objective().backward):
         with pytest.raises(TypeError, match="step"):
             call(VectorNetwork(), x, condition)
-        for step in (-1, 1.0, True, None):
+        for step in (-1, 1.0, True, None, "3", np.int64(-1), np.float64(3), np.bool_(True)):
             with pytest.raises(ValueError, match="step must be the index"):
                 call(VectorNetwork(), x, condition, step=step)
+
+
+def test_a_step_may_be_anything_that_is_a_whole_number():
+    x, condition = batch()
+    apex = objective(warmup_steps=5)
+    for call in (apex, apex.backward):
+        assert call(VectorNetwork(), x, condition, step=np.int64(4)).phase == "warm-up"
+        assert call(VectorNetwork(), x, condition, step=np.uint8(5)).phase == "full"
+    apex.watch_gradient_norm(torch.tensor(math.nan), step=np.int64(5))
+    with pytest.raises(NonFiniteLossError) as caught:
+        apex.check_finite()
+    assert type(caught.value.step) is int and caught.value.step == 5
+
+
+@pytest.mark.parametrize("loss", ["correction", "paper"])
+def test_an_empty_batch_is_refused(loss):
+    apex = objective(loss=loss)
+    for call in (apex, apex.backward):
+        with pytest.raises(ValueError, match=r"x must hold at least one sample, got \[0, 2\]"):
+            call(VectorNetwork(), *batch(0), step=0)
+    apex.check_finite()  # nothing was noted that a later step would stumble over
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -387,6 +410,7 @@ def test_no_step_reads_a_value_on_the_host(schedule, loss):
                 apex(model, x, condition, step=step, generator=seeded()).total.backward()
             else:
                 apex.backward(model, x, condition, step=step, generator=seeded(), schedule=schedule)
+            apex.watch_gradient_norm(torch.ones(()), step=step)
 
 
 @pytest.mark.cuda
@@ -401,6 +425,7 @@ def test_no_step_makes_the_device_wait(schedule):
     try:
         for step in (1, 2):
             apex.backward(model, x, condition, step=step, generator=generator, schedule=schedule)
+            apex.watch_gradient_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), step=step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     apex.check_finite()

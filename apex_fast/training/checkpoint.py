@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``checkpoint-<step>/``. It is written under another name, flushed to the disk and then renamed,
 so that a process killed at any moment leaves either the whole folder or none; ``manifest.json`` lists every file with
-its size, so that a folder damaged later (a partial copy) is recognised too.
+its size, so that a folder damaged later (a partial copy) is recognised too. Replacing a folder takes two renames; the
+old one, set aside by the first, is put back at the next start if a kill kept the second from happening.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _PARTIAL = ".partial-"
+_REPLACED = f"{_PARTIAL}replaced-"
+_LEFTOVER = re.compile(r"^\.(.+)\.partial-(?:\d+|replaced-\d+|removed)$")
 
 
 class CheckpointError(RuntimeError):
@@ -187,11 +190,13 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Calls ``write(folder)`` on a new folder and makes it appear as ``target`` in one step, with its manifest, once it
     is on the disk.
 
-    An existing ``target`` is replaced. If ``write`` raises, nothing changes."""
+    An existing ``target`` is replaced: for a moment there is none, and a process killed right then leaves the old one
+    to :func:`restore_replaced`. If ``write`` raises, nothing changes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    old = target.parent / f".{target.name}{_REPLACED}{os.getpid()}"
     mask = os.umask(0)
     os.umask(mask)
     try:
@@ -204,15 +209,46 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             _flush(path)
         for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
             _flush(path)
-        old = target.parent / f".{target.name}{_PARTIAL}replaced-{os.getpid()}"
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
         os.rename(partial, target)
         _flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def replaced(target: Path) -> Path | None:
+    """The old ``target`` that a killed :func:`write_folder` has set aside while there is no new one, or None."""
+    if target.exists() or not target.parent.is_dir():
+        return None
+    return next((p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}{_REPLACED}")), None)
+
+
+def restore_replaced(output_dir: str | Path) -> None:
+    """Puts back every folder of a run that a killed :func:`write_folder` has set aside without a new one in its place.
+    For the process that writes into the run; who only reads takes :func:`replaced`."""
+    for path in _leftovers(output_dir):
+        target = path.parent / _LEFTOVER.sub(r"\1", path.name)
+        if (old := replaced(target)) is not None:
+            os.rename(old, target)
+
+
+def clear_leftovers(output_dir: str | Path) -> None:
+    """Removes what killed processes left half-written or half-removed; call :func:`restore_replaced` before."""
+    for path in _leftovers(output_dir):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _leftovers(output_dir: str | Path) -> list[Path]:
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _LEFTOVER.match(p.name) and p.is_dir())
 
 
 def damage(folder: Path) -> str | None:
@@ -281,8 +317,7 @@ def prune(output_dir: str | Path, keep: int | None) -> None:
     """Removes the oldest complete checkpoints beyond the ``keep`` newest (None keeps all), and what killed processes
     left half-written."""
     folder = Path(output_dir)
-    for path in folder.glob(f".checkpoint-*{_PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    clear_leftovers(folder)
     if keep is not None:
         for path in checkpoints(folder)[: -keep or None]:
             # Renamed first: a kill during the removal leaves a partial folder, not a damaged checkpoint.

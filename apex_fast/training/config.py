@@ -28,11 +28,13 @@ from apex_fast.training.settings import (
 DIGITS_START = "digits_start"
 """Name under which the start that ships in the package is reached."""
 
+_NO_LORA = "LoRA is not implemented yet, so leave it out to tune all parameters"
+
 FOREIGN_KEYS = {
     # kohya's sd-scripts
-    "network_dim": "write 'rank' (that is kohya's name for it)",
-    "network_alpha": "write 'lora_alpha' (that is kohya's name for it)",
-    "network_module": "'rank' chooses LoRA here; there is no module to name",
+    "network_dim": f"write 'rank' (that is kohya's name for it); {_NO_LORA}",
+    "network_alpha": f"write 'lora_alpha' (that is kohya's name for it); {_NO_LORA}",
+    "network_module": f"'rank' chooses LoRA here, there is no module to name; {_NO_LORA}",
     "unet_lr": "write 'learning_rate'; there is one for all that is trained",
     "text_encoder_lr": "write 'learning_rate' and 'train_text_encoder: true'",
     "save_every_n_steps": "write 'checkpointing_steps'",
@@ -49,8 +51,8 @@ FOREIGN_KEYS = {
     "save_model_as": "leave it out: everything is saved as safetensors",
     # ai-toolkit
     "name_or_path": "write 'pretrained_model_name_or_path'",
-    "linear": "write 'rank' (that is ai-toolkit's name for it)",
-    "linear_alpha": "write 'lora_alpha' (that is ai-toolkit's name for it)",
+    "linear": f"write 'rank' (that is ai-toolkit's name for it); {_NO_LORA}",
+    "linear_alpha": f"write 'lora_alpha' (that is ai-toolkit's name for it); {_NO_LORA}",
     "steps": "write 'max_train_steps'",
     "lr": "write 'learning_rate'",
     "batch_size": "write 'train_batch_size'",
@@ -66,7 +68,7 @@ FOREIGN_KEYS = {
     "validation_epochs": "write 'validation_steps'; runs are counted in steps",
     "num_train_epochs": "write 'max_train_steps'; runs are counted in steps",
     "num_validation_images": "write 'validation_images_per_prompt'",
-    "lora_rank": "write 'rank'",
+    "lora_rank": f"write 'rank'; {_NO_LORA}",
     "resolution": "leave it out: the size comes from the model",
     "scale_lr": "leave it out and write the learning rate that you mean",
     "use_8bit_adam": "leave it out: not implemented yet",
@@ -197,8 +199,9 @@ class TrainConfig:
 
     schedule: Literal["auto", "sequential", "joint", "retain"] = setting(
         "auto",
-        help="How a step is computed; all give the same gradients. sequential needs the least memory, joint is fastest "
-        "for small networks. auto is sequential, or retain where the paper loss needs it.",
+        help="How a step is computed; all give the same gradients, except that joint draws other dropout masks. "
+        "sequential needs the least memory, joint is fastest for small networks. auto is sequential, or retain where "
+        "the paper loss needs it.",
         group="APEX",
     )
     real_branch: Literal["frozen", "ema", "live"] = setting(

@@ -13,7 +13,7 @@ from torch import Tensor
 from apex_fast import ops
 from apex_fast.condition import Condition
 from apex_fast.draws import normal, state_dtype
-from apex_fast.finite import FiniteWatch
+from apex_fast.finite import GRADIENT_NORM, FiniteWatch
 from apex_fast.path import TimeDistribution
 
 
@@ -63,6 +63,10 @@ class FlowMatching:
         self._watch.record(step, {"supervised": mean})
         return FlowMatchingLosses(mean, detached, {"loss_supervised": mean})
 
+    def watch_gradient_norm(self, norm: Tensor, *, step: int) -> None:
+        """Has the 0-d norm of the gradients of ``step`` looked at as the losses are."""
+        self._watch.add(step, {GRADIENT_NORM: norm})
+
     def check_finite(self) -> None:
-        """Raises NonFiniteLossError if a loss so far was not finite."""
+        """Raises NonFiniteLossError if a loss or a gradient norm so far was not finite."""
         self._watch.check()

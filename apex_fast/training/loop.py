@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import shutil
 import time
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from apex_fast.command import command_name
 from apex_fast.condition import Condition
+from apex_fast.finite import GRADIENT_NORM, NonFiniteLossError
 from apex_fast.objective import ApexObjective
 from apex_fast.sampler import sample
 from apex_fast.shift import ConditionShift
@@ -74,9 +76,11 @@ class Trainer:
         self.step = 0
         resume = None
         if config.resume_from_checkpoint is not None:
+            checkpoints.restore_replaced(self.output_dir)
             resume = checkpoints.resolve_checkpoint(config.resume_from_checkpoint, self.output_dir)
         else:
-            self._claim_folder()
+            claim_folder(config)
+        checkpoints.clear_leftovers(self.output_dir)
         # All of them, although only torch's is used here: a text encoder or a later data set may draw from the others.
         torch.manual_seed(config.seed)
         random.seed(config.seed)
@@ -116,29 +120,12 @@ class Trainer:
         # Where a launcher for several processes puts its context: all but the last backward of a step run in it.
         self.no_sync: Callable[[], contextlib.AbstractContextManager] | None = None
         self._saved_step: int | None = None
+        self._grad_norm: Tensor | None = None
         self._changed: list[str] = []
         if resume is not None:
             self._restore(resume)
 
     # ---- set-up
-
-    def _claim_folder(self) -> None:
-        """A new run must not mix its files with an older one's."""
-        old = [p for p in (self.output_dir / "metrics.jsonl", self.output_dir / MODEL_FOLDER) if p.exists()]
-        old += checkpoints.checkpoints(self.output_dir)
-        if not old:
-            return
-        if not self.config.overwrite_output_dir:
-            raise SettingsError(
-                f"output_dir: {self.output_dir} already holds a run ({old[-1].name}). Go on with it by "
-                "--resume_from_checkpoint latest, "
-                "start over with --overwrite_output_dir, or write another output_dir"
-            )
-        for path in [*old, self.output_dir / "samples", self.output_dir / "tensorboard"]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
     def _encode(self, prompts: list[str]) -> Condition:
         return self.backbone.encode(prompts, requires_grad=self.config.train_text_encoder).to(self.device)
@@ -323,7 +310,9 @@ class Trainer:
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         values = {name: value / passes for name, value in sums.items()} if passes > 1 else sums
         limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm
-        values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, limit).detach()
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).detach()
+        self.objective.watch_gradient_norm(self._grad_norm, step=self.step)
+        values["grad_norm"] = self._grad_norm
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
         self.optimizer.step()
@@ -398,12 +387,15 @@ class Trainer:
     # ---- saving
 
     def save(self) -> Path:
-        """Writes ``checkpoint-<step>/`` unless this process just did. Raises NonFiniteLossError rather than save a
-        diverged run."""
+        """Writes ``checkpoint-<step>/`` unless this process just did. Raises NonFiniteLossError, before anything is
+        written or pruned, rather than save a diverged run."""
         path = self.output_dir / f"checkpoint-{self.step}"
         if self._saved_step == self.step:
             return path
         self.objective.check_finite()
+        # The watch reports a value once; whoever caught that error still has the weights that the step has spoilt.
+        if self._grad_norm is not None and not math.isfinite(norm := self._grad_norm.item()):
+            raise NonFiniteLossError(GRADIENT_NORM, self.step - 1, norm)
         checkpoints.write_folder(path, self._write)
         checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
         self._saved_step = self.step
@@ -484,11 +476,33 @@ class Trainer:
             )
 
     def export(self) -> Path:
-        """Writes the averaged weights as ``model/`` in the diffusers layout; what was there is replaced in one step."""
+        """Writes the averaged weights as ``model/`` in the diffusers layout; what was there stays until they are on the
+        disk."""
         target = self.output_dir / MODEL_FOLDER
         with self.undisturbed():
             checkpoints.write_folder(target, lambda folder: self.backbone.save_pretrained(folder))
         return target
+
+
+def claim_folder(config: TrainConfig) -> None:
+    """Makes sure that a new run does not mix its files with an older one's: with ``overwrite_output_dir`` the older
+    run is deleted, otherwise SettingsError says what there is."""
+    folder = Path(config.output_dir)
+    checkpoints.restore_replaced(folder)
+    old = [p for p in (folder / "metrics.jsonl", folder / MODEL_FOLDER) if p.exists()]
+    old += checkpoints.checkpoints(folder)
+    if not old:
+        return
+    if not config.overwrite_output_dir:
+        raise SettingsError(
+            f"output_dir: {folder} already holds a run ({old[-1].name}). Go on with it by --resume_from_checkpoint "
+            "latest, start over with --overwrite_output_dir, or write another output_dir"
+        )
+    for path in [*old, folder / "samples", folder / "tensorboard"]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 _NOT_OF_THE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "output_dir")

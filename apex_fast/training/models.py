@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apex_fast.backbones.sana import SanaBackbone
 from apex_fast.extras import require
-from apex_fast.training.checkpoint import CheckpointError, checkpoints, damage, load_state
+from apex_fast.training.checkpoint import CheckpointError, checkpoints, damage, load_state, replaced
 from apex_fast.training.config import DIGITS_START, TrainConfig
 from apex_fast.training.settings import SettingsError
 
@@ -38,6 +38,8 @@ def pretrained_folder(name_or_path: str) -> Path:
     if folder.is_dir() and not (folder / _INDEX).is_file() and (folder / MODEL_FOLDER / _INDEX).is_file():
         return folder / MODEL_FOLDER
     if not (folder / _INDEX).is_file():
+        if (old := replaced(folder / MODEL_FOLDER)) is not None:
+            return old
         raise FileNotFoundError(
             f"pretrained_model_name_or_path: {name_or_path} holds no model ({_INDEX} is missing); write a folder "
             "made by "
@@ -82,8 +84,9 @@ def backbone_for(config: TrainConfig, prompts: list[str]) -> SanaBackbone:
 def load_generator(run: str | Path) -> tuple[SanaBackbone, str]:
     """The network to generate with, in eval mode, and a phrase that says which it is.
 
-    run: a finished run (its ``model/``), a run in progress (its newest checkpoint), a checkpoint folder (its averaged
-    weights), a saved model folder, or ``digits_start``.
+    run: a run that has finished (its ``model/``, which a resumed run replaces when it ends), one that has not (its
+    newest checkpoint; also if it was killed at the moment between taking the old ``model/`` away and putting the new
+    one there), a checkpoint folder (its averaged weights), a saved model folder, or ``digits_start``.
 
     Raises:
         FileNotFoundError: nothing of the kind is there; the message says what was looked for.
@@ -105,6 +108,8 @@ def load_generator(run: str | Path) -> tuple[SanaBackbone, str]:
     found = checkpoints(folder)
     if found:
         return _from_checkpoint(found[-1])
+    if (old := replaced(folder / MODEL_FOLDER)) is not None:
+        return _load(old).eval(), f"the finished model of {folder}"
     raise FileNotFoundError(
         f"{run} holds neither a finished model ({MODEL_FOLDER}/{_INDEX}) nor a complete checkpoint; has `apex-fast "
         "train` or `apex-fast demo` run there?"
@@ -126,7 +131,8 @@ def _from_checkpoint(folder: Path) -> tuple[SanaBackbone, str]:
 
 
 def device_of(name: str) -> torch.device:
-    """The torch device that a config's ``device`` means. SettingsError for a GPU that is not there."""
+    """The torch device that ``device`` in a config or on a command line means. SettingsError for a GPU that is not
+    there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -134,7 +140,9 @@ def device_of(name: str) -> torch.device:
     except RuntimeError as error:
         raise SettingsError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"device: {name}, but this torch ({torch.__version__}) sees no GPU; write device: cpu")
+        raise SettingsError(f"device {name}: this torch ({torch.__version__}) sees no GPU; choose device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return device
 
 
