@@ -40,12 +40,12 @@ $(TORCH_READY):
 	  'import apex_toolchain as needs; needs.find_compiler(); needs.check_python_headers()'
 	@echo 'Setting up $(VENV) with $(TORCH_SPEC); the first time this fetches torch, which takes minutes.'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet $(TORCH_SPEC)
+	@$(PIP) install --quiet --quiet $(TORCH_SPEC)
 	@touch $@
 
 $(READY): $(TORCH_READY) $(SOURCES)
 	@echo 'Building apex_fast (two to four minutes from scratch).'
-	@$(PIP) install --quiet --editable '.[dev]'
+	@$(PIP) install --quiet --quiet --editable '.[dev]'
 	@$(BIN)/python -m apex_fast.info --build
 	@touch $@
 
