@@ -71,9 +71,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py --suite ops --device cpu
 
 cuda-check: $(READY)
-	@$(BIN)/cmake -S . -B build/cuda-check -G Ninja -DAPEX_FAST_CUDA=check -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
-	  -DTORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') --log-level=STATUS
+	@set -- $$($(BIN)/python -c 'import torch, pybind11; print(torch.__path__[0], torch.__version__, pybind11.get_cmake_dir())') && \
+	  $(BIN)/cmake -S . -B build/cuda-check -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DAPEX_FAST_CUDA=check \
+	    -DTORCH_ROOT=$$1 -DAPEX_TORCH_VERSION=$$2 -Dpybind11_DIR=$$3 -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	@$(BIN)/cmake --build build/cuda-check --target apex_cuda_kernels apex_cuda_glue
 
 clean:

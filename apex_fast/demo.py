@@ -48,7 +48,7 @@ TARGET_FRECHET_RATIO, TARGET_ACCURACY, TARGET_DIVERSITY = 0.25, 0.95, 0.8
 class Size:
     """How much of everything: the demo proper, and ``--quick`` for tests."""
 
-    control_share: float = 0.5
+    control_share: float = 0.4
     samples: int = 600
     diversity_seeds: int = 24
     strip: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)

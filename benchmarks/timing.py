@@ -71,14 +71,19 @@ def interleave(calls: dict[str, Call], *, rounds: int, block_ms: float) -> dict[
 
 
 def _warm_up(call: Call) -> float:
-    """Duration in ms of a call that has run before, once the heap has what it needs (or will not settle)."""
-    call()
-    for _ in range(8):
+    """Duration in ms of a call, after so many that the heap has what it needs (or after 30: it will not settle).
+
+    Freed blocks often miss the next request by the few bytes that alignment takes, so the heap goes on growing for a
+    while; four calls in a row without a page fault tell that it has stopped.
+    """
+    settled = 0
+    for _ in range(30):
         faults = _faults()
         start = time.perf_counter_ns()
         call()
         duration = (time.perf_counter_ns() - start) / 1e6
-        if _faults() - faults < 16:
+        settled = settled + 1 if _faults() - faults < 16 else 0
+        if settled == 4:
             break
     return max(1e-6, duration)
 

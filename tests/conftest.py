@@ -31,3 +31,9 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """For tests of small tensors, where a second thread that waits for a busy core costs more than it brings."""
+    set_threads(1)

@@ -149,7 +149,7 @@ def test_arguments_are_checked(arguments, message, capsys):
         ("shifted_velocity_loss[v_uncond]", "(4N and 6N with ``v_uncond``)", 4, 6),
         ("mixed_velocity_loss", "Moves 3N bytes forward and 4N backward", 3, 4),
         ("mixed_velocity_loss[v_fake]", "(4N and 5N with ``v_fake``)", 4, 5),
-        ("sampler_step", "Moves 3N bytes", 3, 3),
+        ("sampler_step", "Moves 3N bytes", 3, 2),
         ("sampler_step[guided,noised]", "and N for each of ``noise`` and ``v_uncond``", 5, 3),
     ],
 )
@@ -405,18 +405,18 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from benchmarks.allocator import keep_freed_memory, touch
-x = torch.zeros(4 << 20)
+x = torch.zeros(10 << 20)
 said = ""
 if sys.argv[1] == "kept":
     said = keep_freed_memory()
-    touch(64 << 20)
+    touch(160 << 20)
 faults = []
-for _ in range(6):
+for _ in range(32):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     y = (x + 1) * 2
     del y
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sorted(faults)[3], said)
+print(sorted(faults)[16], said)
 """
     printed = {}
     for setting in ("kept", "default"):
@@ -424,8 +424,8 @@ print(sorted(faults)[3], said)
         printed[setting] = done.stdout
     if "default:" in printed["kept"]:
         pytest.skip(printed["kept"])
-    # two results of 16 MB are 8192 pages of 4 KB
-    assert int(printed["kept"].split()[0]) < 100 < 4000 < int(printed["default"].split()[0])
+    # Median of the calls. Two results of 40 MB are 20480 pages of 4 KB; up to 32 MB glibc learns to keep by itself.
+    assert int(printed["kept"].split()[0]) < 100 < 10_000 < int(printed["default"].split()[0])
 
 
 def test_commit_is_unknown_outside_of_git(monkeypatch, tmp_path):

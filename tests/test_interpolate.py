@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from ops_checks import (
 
 from apex_fast import _library, ops
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "one_thread")
 
 
 def small_inputs(**changes: object) -> Inputs:
@@ -221,7 +222,7 @@ def on_cuda(inputs: Inputs) -> Inputs:
 
 
 @pytest.fixture
-def cuda_kernel(recwarn: pytest.WarningsRecorder) -> None:
+def cuda_kernel(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
     """Skips where the library has no CUDA kernel; afterwards makes sure that the plain torch twin did not step in."""
     if "interpolate" not in _library.build_module().facts()["cuda_ops"]:
         pytest.skip("this build of apex_fast has no CUDA kernels")

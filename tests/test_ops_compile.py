@@ -31,6 +31,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from apex_fast import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def training_step(
     weight: Tensor, x: Tensor, z: Tensor, condition: Tensor, times: Tensor, settings: Inputs

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from apex_fast.ops import registration
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_op = pytest.mark.parametrize(("op", "variant"), OP_VARIANTS, ids=OP_VARIANT_IDS)
 
 # ---- other processes: instruction sets and the twins

@@ -42,6 +42,8 @@ import apex_fast
 from apex_fast import ops
 from apex_fast.ops import registration
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_op = pytest.mark.parametrize(("op", "variant"), OP_VARIANTS, ids=OP_VARIANT_IDS)
 LOSSES = (SHIFTED_VELOCITY_LOSS, MIXED_VELOCITY_LOSS)
 

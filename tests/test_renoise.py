@@ -32,7 +32,7 @@ from ops_checks import (
 
 from apex_fast import ops
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "one_thread")
 
 
 def small_inputs(**changes: object) -> Inputs:

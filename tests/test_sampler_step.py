@@ -35,7 +35,7 @@ from ops_checks import (
 
 from apex_fast import ops
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "one_thread")
 
 OP = SAMPLER_STEP
 VARIANTS = list(OP.variants)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from apex_fast import ops
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "one_thread")
 
 OP = SHIFTED_VELOCITY_LOSS
 VARIANTS = list(OP.variants)
