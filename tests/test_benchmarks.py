@@ -293,6 +293,8 @@ def _row(**changes) -> report.Row:
         ({"size": "beyond_cache", "fraction_of_copy": 0.69}, {"threads": 1}, [True, False]),
         ({"size": "beyond_cache", "fraction_of_copy": 0.1}, {"quick": True}, [None, None]),
         ({"size": "beyond_cache", "minimum_bytes": 9 * 2097152 * 4}, {}, [False, True]),
+        ({"size": "beyond_cache", "extra_bytes": 3 << 23, "minimum_extra_bytes": 2 << 23}, {}, [False, True]),
+        ({"size": "beyond_cache", "extra_bytes": 2 << 23, "minimum_extra_bytes": 2 << 23}, {}, [True, True]),
         ({"size": "beyond_cache", "minimum_bytes": 10 * 2097152 * 4, "case": GUIDED}, {}, [True, True]),
         ({"error": "wrong: result 0 is off by 1"}, {}, [False]),
         ({"provider": "eager", "fraction_of_copy": 0.1}, {}, []),
