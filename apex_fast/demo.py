@@ -57,7 +57,9 @@ class Size:
     check_targets: bool = True
 
 
-QUICK = Size(samples=40, diversity_seeds=2, strip=(0.0, 0.5, 1.0), max_train_steps=6, check_targets=False)
+QUICK = Size(
+    control_share=0.5, samples=40, diversity_seeds=2, strip=(0.0, 0.5, 1.0), max_train_steps=6, check_targets=False
+)
 
 
 @dataclass

@@ -21,6 +21,9 @@ from apex_fast.training.checkpoint import CheckpointError
 from apex_fast.training.config import load_config
 from apex_fast.training.loop import Trainer
 
+# The other processes run on one thread, and torch cuts its sums by the number of threads: bits agree where that does.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def tiny_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
