@@ -68,7 +68,7 @@ lint: $(READY)
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 bench: $(READY)
-	$(BIN)/python benchmarks/run.py --suite ops --device cpu
+	$(BIN)/python benchmarks/run.py --suite ops --device cpu --json benchmarks/results/latest-cpu.json
 
 cuda-check: $(READY)
 	@set -- $$($(BIN)/python -c 'import torch, pybind11; print(torch.__path__[0], torch.__version__, pybind11.get_cmake_dir())') && \

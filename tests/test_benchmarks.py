@@ -307,6 +307,11 @@ def test_gates(changes, header, expected):
     assert [gate.passed for gate in gates] == expected
 
 
+def test_gates_of_a_busy_machine_say_so():
+    assert "busy" not in str(suite.judge([_row()], {**HEADER, "busy": False})[0])
+    assert "the machine was busy" in str(suite.judge([_row()], {**HEADER, "busy": True})[0])
+
+
 @pytest.mark.parametrize(
     "passed, error, options, code",
     [
