@@ -137,7 +137,10 @@ def shifted(inputs: StepInputs, x_t: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def real(inputs: StepInputs, x_fake_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Velocity of the data at the generated points and, under guidance, its unconditional half; one stacked call."""
+    """Velocity of the data at the generated points and, under guidance, its unconditional half; one stacked call.
+
+    Where the roles bring a ``guide`` of their own, the guided velocity comes back alone.
+    """
     role = inputs.velocities.generator if inputs.velocities.real is None else inputs.velocities.real
     t = inputs.draws.t_query
     if inputs.negative_condition is None:
@@ -145,7 +148,10 @@ def real(inputs: StepInputs, x_fake_t: Tensor) -> tuple[Tensor, Tensor | None]:
     negative = expand_batch(inputs.negative_condition, x_fake_t.shape[0], "negative_condition")
     both = concatenate([inputs.condition, negative])
     v_real, v_uncond = call(inputs, "real", role, torch.cat([x_fake_t, x_fake_t]), torch.cat([t, t]), both).chunk(2)
-    return v_real, v_uncond
+    if inputs.velocities.guide is None:
+        return v_real, v_uncond
+    guided = inputs.velocities.guide(v_real, v_uncond, inputs.guidance_scale)
+    return check_velocity(guided, x_fake_t, "guided"), None
 
 
 def supervised_start(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:

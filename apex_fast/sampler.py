@@ -15,7 +15,7 @@ from . import ops
 from .condition import Condition, concatenate, expand_batch
 from .draws import normal, state_dtype
 from .roles import check_velocity
-from .velocities import Velocity
+from .velocities import Guide, Velocity
 
 SamplerCallback = Callable[[int, float, Tensor, Tensor], object]
 """``callback(index, t, x, x_hat)`` after step ``index``: x ``[B, ...]`` is the state at its new time t, x_hat the clean
@@ -76,6 +76,7 @@ def sample(
     num_inference_steps: int | None = None,
     guidance_scale: float = 1.0,
     negative_condition: Tensor | Condition | None = None,
+    guide: Guide | None = None,
     generator: torch.Generator | None = None,
     stochasticity: float = 0.0,
     times: str | Tensor | None = None,
@@ -99,6 +100,8 @@ def sample(
         guidance_scale: classifier-free guidance ``v_uncond + g (v - v_uncond)``; other than 1 it needs
             ``negative_condition``. Both halves are one stacked call.
         negative_condition: batch B, or 1 to be repeated.
+        guide: ``guide(v, v_uncond, guidance_scale)`` in place of that line, for model families whose pipelines combine
+            the two in another way (:meth:`apex_fast.Backbone.guide`).
         generator: source of the noise that ``stochasticity`` adds, on any device; None takes the global one of the
             noise's device.
         stochasticity: eta in [0, 1].
@@ -161,6 +164,8 @@ def sample(
         evaluations += 2
         x, t = torch.cat([x, x]), torch.cat([t, t])
         v, v_uncond = check_velocity(velocity(x, t, both), x, "sampled").chunk(2)
+        if guide is not None:
+            return check_velocity(guide(v, v_uncond, float(guidance_scale)), v, "guided"), None
         return v, v_uncond
 
     def step(
@@ -174,7 +179,8 @@ def sample(
             t_next,
             noise=fresh,
             v_uncond=v_uncond,
-            guidance_scale=float(guidance_scale),
+            # a guide of the family's has combined the two already
+            guidance_scale=float(guidance_scale) if v_uncond is not None else 1.0,
             # without noise to add, at t' = 0, every stochasticity gives the same step
             stochasticity=float(stochasticity) if fresh is not None else 0.0,
         )

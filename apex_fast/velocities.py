@@ -16,6 +16,10 @@ Velocity = Callable[[Tensor, Tensor, "Tensor | Condition"], Tensor]
 (fp64 for fp64 data), 1 = noise; the result has the shape of x_t. What a network needs beyond that (casting, time units,
 sign) is the callable's work."""
 
+Guide = Callable[[Tensor, Tensor, float], Tensor]
+"""``guide(v_condition, v_negative, scale) -> Tensor``, all ``[B, ...]``: how a model family combines the two velocities
+of classifier-free guidance where that is not ``v_negative + scale (v_condition - v_negative)``."""
+
 
 class Velocities:
     """Which callable plays which role.
@@ -26,6 +30,8 @@ class Velocities:
         generator: F(x_s, s, c), trained; it also answers the flow-matching term on data.
         shifted: F(x_fake_t, t, c_fake), trained by L_fake; None means the generator's.
         real: the velocity of the data, called without gradient; None means the generator's ("live").
+        guide: how the real branch is guided under the objective's ``guidance_scale``; None is the common line
+            ``v_negative + scale (v - v_negative)``, which the loss op computes on its way.
 
     The roles are plain attributes. Wrapping a network after the roles were made (DDP, compile) means assigning the
     wrapped one: ``velocities.generator = wrapped``.
@@ -34,7 +40,13 @@ class Velocities:
         TypeError: a role is not callable.
     """
 
-    def __init__(self, generator: Velocity, shifted: Velocity | None = None, real: Velocity | None = None) -> None:
+    def __init__(
+        self,
+        generator: Velocity,
+        shifted: Velocity | None = None,
+        real: Velocity | None = None,
+        guide: Guide | None = None,
+    ) -> None:
         for name, role in (("generator", generator), ("shifted", shifted), ("real", real)):
             if not callable(role) and not (role is None and name != "generator"):
                 raise TypeError(
@@ -43,6 +55,7 @@ class Velocities:
         self.generator = generator
         self.shifted = shifted
         self.real = real
+        self.guide = guide
         # Set by from_module for the branches it copies.
         self._source: nn.Module | None = None
         self._copy: nn.Module | None = None

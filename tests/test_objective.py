@@ -222,6 +222,37 @@ def test_guidance_is_one_stacked_call():
     torch.testing.assert_close(losses.correction, wanted.detach())
 
 
+def test_roles_may_guide_in_their_own_way():
+    """A family whose pipeline rescales, say: it gets both velocities and the scale, and its result is what counts."""
+    model, real = VectorNetwork(), Calls(VectorNetwork())
+    x, condition = batch()
+    negative = torch.zeros(1, 3)
+    seen = []
+
+    def guide(v, v_negative, scale):
+        seen.append((v, v_negative, scale))
+        guided = v_negative + scale * (v - v_negative)
+        return guided * (v.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True))
+
+    apex = objective(guidance_scale=3.0, clip=None, supervised_weight=0.0)
+    draws = apex.draw(x, seeded())
+    roles = Velocities(model, real=real, guide=guide)
+    losses = apex(roles, x, condition, step=0, draws=draws, negative_condition=negative)
+    ((x_t, t, both, _),) = real.seen
+    v, v_negative = real.network(x_t, t, both).chunk(2)
+    ((seen_v, seen_negative, scale),) = seen
+    assert torch.equal(seen_v, v) and torch.equal(seen_negative, v_negative) and scale == 3.0
+    wanted = (model(x_t[:4], t[:4], 0.5 - condition) - guide(v, v_negative, 3.0)).square().mean(1)
+    torch.testing.assert_close(losses.correction, wanted.detach())
+    # Without a negative condition there is nothing to combine.
+    seen.clear()
+    objective()(roles, x, condition, step=0)
+    assert not seen
+    roles.guide = lambda v, v_negative, scale: v[:2]
+    with pytest.raises(ValueError, match="the guided velocity must return the shape"):
+        apex(roles, x, condition, step=0, negative_condition=negative)
+
+
 def test_a_negative_condition_without_guidance_costs_nothing():
     real = Calls(VectorNetwork())
     x, condition = batch()

@@ -152,6 +152,19 @@ def test_guidance_extrapolates_from_the_negative_condition(method):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_a_family_may_guide_in_its_own_way():
+    def velocity(x_t, t, condition):
+        return condition * x_t
+
+    options = {"negative_condition": torch.full((1, 1), 0.1).double(), "guidance_scale": 3.0, "num_inference_steps": 2}
+    positive = torch.full((4, 1), 0.3).double()
+    found = sample(velocity, noise(), positive, guide=lambda v, u, scale: v + scale * (v - u), **options)
+    wanted = sample(velocity, noise(), positive, **{**options, "guidance_scale": 4.0})
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="the guided velocity must return the shape"):
+        sample(velocity, noise(), positive, guide=lambda v, u, scale: v[:1], **options)
+
+
 def test_the_callback_sees_every_step():
     seen = []
     velocity, z = Gaussian(), noise()
