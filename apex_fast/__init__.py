@@ -7,6 +7,7 @@ dependencies of their own.
 """
 
 from . import ops, path
+from .backbones.base import Backbone
 from .condition import Condition
 from .draws import Draws
 from .finite import NonFiniteLossError
@@ -19,6 +20,7 @@ from .version import __version__
 
 __all__ = [
     "ApexObjective",
+    "Backbone",
     "Condition",
     "ConditionShift",
     "Draws",

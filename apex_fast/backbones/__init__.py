@@ -1,6 +1,6 @@
-"""One file per diffusers family: how to encode text, mask tokens, and read the model's time and sign conventions.
+"""Pretrained text-to-image flow models, one file per diffusers family, behind one velocity convention.
 
-A backbone is a velocity callable ``backbone(x_t, t, condition) -> Tensor`` in the convention of the library: t = 1 is
-noise, the velocity is noise minus data. Nothing is imported here, so that ``import apex_fast`` needs neither
-diffusers nor transformers.
+:class:`~apex_fast.backbones.base.Backbone` is what they have in common, :mod:`~apex_fast.backbones.loading` finds the
+family of a model by its path or id, :mod:`~apex_fast.backbones.tiny` builds small whole pipelines of random parts. Of
+diffusers and transformers nothing is imported before a model is made, so ``import apex_fast`` needs neither.
 """

@@ -1,0 +1,460 @@
+"""What every family of text-to-image flow models has in common: an unmodified transformer behind one convention.
+
+A backbone holds the plain diffusers transformer as its only submodule, so that ``parameters()``, ``state_dict()``, an
+optimizer or a checkpoint see nothing else. Tokenizers, text encoders, VAE and scheduler are kept beside it in
+``components``, unmodified too: text is encoded by the stock pipeline's own ``encode_prompt``, and
+:meth:`Backbone.pipeline` gives that pipeline back over the same objects. A family file states its network's time scale
+and direction, its sign, packing and masks; everything else is here.
+
+No class is patched and no hook outlives a call. Two things need a hook while a call runs: networks that round the time
+to their own dtype get it back unrounded (:meth:`Backbone.exact_time`), and under gradient checkpointing a block is
+recomputed in the state that its forward had (:meth:`Backbone.enable_gradient_checkpointing`), whichever role is active
+by then.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from apex_fast.condition import Condition
+from apex_fast.extras import require
+
+if TYPE_CHECKING:
+    from apex_fast.backbones.own_text import OwnText
+
+Replay = Callable[[], AbstractContextManager]
+"""Makes a context in which a recomputation finds what its forward found."""
+
+
+@dataclass(frozen=True)
+class TeacherGuidance:
+    """How a family's own pipeline guides a sampler when its user sets nothing; the real branch is guided the same way.
+
+    Args:
+        scale: classifier-free guidance, in the convention of the pipeline's argument; see
+            :meth:`Backbone.linear_guidance_scale`. 1 is none.
+        negative_prompt: what it leads away from. None: the pipeline guides only if its user writes a negative prompt.
+        embedded: the scale that guidance-distilled weights take as an input (FLUX.1-dev); None for all others.
+    """
+
+    scale: float = 1.0
+    negative_prompt: str | None = None
+    embedded: float | None = None
+
+
+class Backbone(nn.Module):
+    """A pretrained flow transformer as a velocity callable: ``backbone(x_t, t, condition)`` is noise minus data.
+
+    Get one with :meth:`from_pretrained`. Families are subclasses that implement :meth:`velocity`, :meth:`encode_text`,
+    :meth:`encode_latents` and :meth:`decode_latents` and fill the class attributes.
+
+    Args:
+        transformer: the diffusers transformer of the family, unmodified.
+        components: tokenizers, text encoders, VAE and scheduler under the names that the family's pipeline gives them.
+            What is missing is only missed by the call that needs it.
+        text: a text encoder and tokenizer of the model's own (:class:`~apex_fast.backbones.own_text.OwnText`) in
+            place of the pipeline's, for models made from scratch; it is a submodule and can be trained.
+        max_sequence_length: tokens that :meth:`encode` pads or cuts prompts to; None is what the family's pipeline
+            uses.
+        embedded_guidance: for weights that take the guidance scale as an input (``config.guidance_embeds``).
+        shift_padding: for families whose network sees padding (no mask), whether the condition shift touches padding
+            tokens too.
+
+    Raises:
+        ValueError: a transformer of another class, or guidance that these weights do not take.
+    """
+
+    family: ClassVar[str]
+    transformer_class: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    text_parts: ClassVar[tuple[str, ...]]
+    """Components that text encoding needs, tokenizers included."""
+    has_mask: ClassVar[bool]
+    """Whether the network takes the padding mask; if not, padding is part of the condition and the length is fixed."""
+    default_sequence_length: ClassVar[int]
+    teacher_guidance: ClassVar[TeacherGuidance]
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Ends of the names of the layers that LoRA adapts by default: attention and feed-forward of every block."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        components: Mapping[str, Any] | None = None,
+        text: OwnText | None = None,
+        max_sequence_length: int | None = None,
+        embedded_guidance: float | None = None,
+        shift_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if type(transformer).__name__ != self.transformer_class:
+            raise ValueError(
+                f"{name}: expected a diffusers {self.transformer_class}, got {type(transformer).__name__}; "
+                "Backbone.from_pretrained chooses the family by itself"
+            )
+        self.transformer = transformer
+        self.text = text
+        # Not registered as submodules: a frozen text encoder is no parameter of the model that is trained.
+        self.components: dict[str, Any] = dict(components or {})
+        self._freed: dict[str, str] = {}
+        self.shift_padding = shift_padding
+        if text is not None:
+            width = self.text_width
+            if text.width != width:
+                raise ValueError(
+                    f"{name}: the transformer expects text of width {width}, the text encoder gives {text.width}"
+                )
+            max_sequence_length = max_sequence_length or text.max_sequence_length
+        self.max_sequence_length = max_sequence_length or self.default_sequence_length
+        embeds = bool(getattr(transformer.config, "guidance_embeds", False))
+        if embeds and embedded_guidance is None:
+            embedded_guidance = self.teacher_guidance.embedded
+            if embedded_guidance is None:
+                raise ValueError(
+                    f"{name}: these weights take the guidance scale as an input (config.guidance_embeds); pass "
+                    "embedded_guidance=, e.g. embedded_guidance=4.5"
+                )
+        elif embedded_guidance is not None and not embeds:
+            raise ValueError(
+                f"{name}: embedded_guidance= is for weights that take the guidance scale as an input, and "
+                "config.guidance_embeds is false; guide the sampler with guidance_scale= instead"
+            )
+        self.embedded_guidance = embedded_guidance
+        # What a checkpointed block must find again when it is recomputed; called at its forward (see lora.py).
+        self.recompute_states: list[Callable[[], Replay]] = []
+
+    # ---- what a family states
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The family's network call in the library's convention; ``x_t`` has the transformer's dtype."""
+        raise NotImplementedError
+
+    def encode_text(self, prompts: list[str], *, negative: bool) -> Condition:
+        """The condition of ``prompts`` as the family's pipeline makes it (through its own ``encode_prompt``)."""
+        raise NotImplementedError
+
+    def encode_latents(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Latents ``[B, C, h, w]`` of images in [-1, 1] ``[B, 3, H, W]``, in the scale that the network reads."""
+        raise NotImplementedError
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`encode_latents`."""
+        raise NotImplementedError
+
+    @property
+    def text_width(self) -> int:
+        """Channels D of ``prompt_embeds`` that the network expects."""
+        raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the samples."""
+        return self.transformer.config.in_channels
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels that one token covers in each direction."""
+        return self.transformer.config.patch_size
+
+    def guide(self, v_condition: Tensor, v_negative: Tensor, scale: float) -> Tensor:
+        """Guided velocity as the family's pipeline combines the two, all ``[B, C, h, w]``."""
+        return v_negative + scale * (v_condition - v_negative)
+
+    def linear_guidance_scale(self, scale: float) -> float | None:
+        """g such that the pipeline's guidance at ``scale`` is ``v_negative + g (v_condition - v_negative)``, which the
+        loss op computes on its way; None where it is no such line and :meth:`guide` has to be called.
+        """
+        return scale
+
+    def parameters_without_gradient(self) -> set[str]:
+        """Names of parameters of the transformer that no output depends on, such as the text side of a last block.
+
+        They are frozen in full tuning and left out of LoRA: an optimizer would decay them and DistributedDataParallel
+        would wait for them.
+        """
+        return set()
+
+    # ---- use
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition | Tensor) -> Tensor:
+        """Velocity, noise minus data (APEX, arXiv 2604.12322, Eq. 3), in the dtype of the transformer.
+
+        Args:
+            x_t: ``[B, C, h, w]`` latents, any float dtype and any size that the patches divide.
+            t: ``[B]`` fp32 or fp64, 1 is noise; it reaches the time embedding unrounded.
+            condition: as :meth:`encode` makes it; a plain Tensor ``[B, L, D]`` counts every token.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the network.
+        """
+        if not isinstance(condition, Condition):
+            condition = Condition(condition)
+        embeds = condition.prompt_embeds
+        name, batch = type(self).__name__, x_t.shape[0]
+        if x_t.dim() != 4 or embeds.shape[0] != batch or t.shape != (batch,):
+            raise ValueError(
+                f"{name}: expected x_t [B, C, h, w], t [B] and prompt_embeds [B, L, D] of one batch size, "
+                f"got {list(x_t.shape)}, {list(t.shape)} and {list(embeds.shape)}"
+            )
+        if x_t.shape[1] != self.latent_channels or embeds.shape[2] != self.text_width:
+            raise ValueError(
+                f"{name}: expected x_t with {self.latent_channels} channels and prompt_embeds with {self.text_width}, "
+                f"got {x_t.shape[1]} and {embeds.shape[2]}; is the condition of another model?"
+            )
+        if x_t.shape[2] % self.patch or x_t.shape[3] % self.patch:
+            raise ValueError(
+                f"{name}: latents must be a multiple of {self.patch} high and wide (the patches of this network), "
+                f"got {list(x_t.shape)}"
+            )
+        if not self.has_mask and embeds.shape[1] != self.token_count:
+            raise ValueError(
+                f"{name}: this network takes no padding mask, so every condition must have the same "
+                f"{self.token_count} tokens (max_sequence_length={self.max_sequence_length}), got {embeds.shape[1]}; "
+                "encode prompts with the length that the model is used with"
+            )
+        return self.velocity(x_t.to(self.transformer.dtype), t, condition)
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of a condition that :meth:`encode` makes (``max_sequence_length``, and a second encoder's)."""
+        return self.max_sequence_length
+
+    def encode(self, prompts: list[str], *, negative: bool = False, requires_grad: bool = False) -> Condition:
+        """The condition of ``prompts``: embeddings ``[B, L, D]`` in the text encoder's dtype, on the transformer's
+        device, with the bool mask ``[B, L]`` of the tokens that are no padding.
+
+        Args:
+            prompts: texts; "" is the empty prompt.
+            negative: whether they are negative prompts, which some pipelines prepare differently (SANA leaves its
+                instruction out).
+            requires_grad: keep the graph, for a text encoder of the model's own that is trained along.
+
+        Raises:
+            TypeError: a single string.
+            RuntimeError: the text encoders were freed or never loaded.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"{type(self).__name__}.encode: expected a list of prompts, got one string; write [prompt]")
+        if self.text is not None:
+            return self.text.encode(list(prompts), requires_grad=requires_grad).to(self.device)
+        self._needs(self.text_parts, "encode prompts")
+        with torch.no_grad():
+            condition = self.encode_text(list(prompts), negative=negative)
+        mask = condition.prompt_embeds_mask
+        if mask is not None:
+            mask = None if self.shift_padding and not self.has_mask else mask.bool()
+        return Condition(condition.prompt_embeds, mask, condition.pooled_prompt_embeds).to(self.device)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1], in the VAE's dtype; the images themselves for
+        a model without a VAE.
+
+        generator: of the VAE's sampling, where it samples.
+        """
+        if "vae" not in self.components and "vae" not in self._freed:
+            return images
+        self._needs(("vae",), "encode images")
+        vae = self.components["vae"]
+        self.latent_shape(*images.shape[2:])
+        return self.encode_latents(images.to(vae.device, vae.dtype), generator)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` in about [-1, 1] of latents, in the VAE's dtype; the inverse of
+        :meth:`encode_images`.
+        """
+        if "vae" not in self.components and "vae" not in self._freed:
+            return latents
+        self._needs(("vae",), "decode latents")
+        vae = self.components["vae"]
+        return self.decode_latents(latents.to(vae.device, vae.dtype))
+
+    # ---- sizes
+
+    @functools.cached_property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent pixel in each direction; 1 for a model in pixel space, and for a transformer that was
+        loaded alone, whose sizes are those of its latents."""
+        if "vae" not in self.components:
+            return 1
+        return int(self.pipeline().vae_scale_factor)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of images must be multiples of this many pixels."""
+        return self.vae_scale_factor * self.patch
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of one image of ``height`` x ``width`` pixels. ValueError for a size that does not
+        divide."""
+        multiple = self.size_multiple
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            near = [max(multiple, round(edge / multiple) * multiple) for edge in (height, width)]
+            raise ValueError(
+                f"{type(self).__name__}: images must be multiples of {multiple} pixels high and wide, got "
+                f"{height} x {width}; {near[0]} x {near[1]} is near"
+            )
+        return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one sample of the size that the model was built for."""
+        edge = self.transformer.config.sample_size
+        return self.latent_channels, edge, edge
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    # ---- the parts beside the transformer
+
+    def pipeline(self) -> Any:
+        """The stock diffusers pipeline over the very same objects, the transformer included.
+
+        Components that were freed or not loaded are None in it.
+        """
+        diffusers = require("diffusers", extra="train")
+        cls = getattr(diffusers, self.pipeline_class)
+        parts: dict[str, Any] = {"transformer": self.transformer}
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if name in self.components:
+                parts[name] = self.components[name]
+            elif parameter.default is inspect.Parameter.empty:
+                parts.setdefault(name, None)
+        return cls(**parts)
+
+    def free_text_encoders(self) -> None:
+        """Drops tokenizers and text encoders, for training on embeddings that are encoded already."""
+        self._free(self.text_parts, "free_text_encoders()")
+
+    def free_vae(self, how: str = "free_vae()") -> None:
+        """Drops the VAE, for training on latents that are encoded already. ``how`` is named where it is missed."""
+        self.vae_scale_factor  # noqa: B018 - cached while the VAE that tells it is still there
+        self._free(("vae",), how)
+
+    def _free(self, names: tuple[str, ...], how: str) -> None:
+        for name in names:
+            if self.components.pop(name, None) is not None:
+                self._freed[name] = how
+
+    def _needs(self, names: tuple[str, ...], what: str) -> None:
+        missing = [name for name in names if self.components.get(name) is None]
+        if missing:
+            why = self._freed.get(missing[0])
+            raise RuntimeError(
+                f"{type(self).__name__}: {', '.join(missing)} is needed to {what}, and "
+                + (f"was dropped by {why}" if why else "was not loaded")
+                + "; load the model with its text encoders and VAE (Backbone.from_pretrained), or use what was encoded "
+                "before"
+            )
+
+    def to(self, *args: Any, **kwargs: Any) -> Backbone:
+        """Moves the transformer as any module, and to a device also text encoders and VAE; a dtype is the
+        transformer's alone."""
+        super().to(*args, **kwargs)
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None:
+            for part in self.components.values():
+                if isinstance(part, nn.Module) and part.device != device:
+                    part.to(device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+        # A frozen or averaged copy for the real branch needs its own transformer only: what is beside it is shared,
+        # and so is a text encoder of the model's own unless it is being trained.
+        memo[id(self.components)] = self.components
+        if self.text is not None:
+            memo[id(self.text.tokenizer)] = self.text.tokenizer
+            if not any(p.requires_grad for p in self.text.parameters()):
+                memo[id(self.text)] = self.text
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        # The states are those of the adapters in this transformer, which the copy's are not.
+        memo[id(self.recompute_states)] = []
+        copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return copied
+
+    # ---- for the time of a call
+
+    @staticmethod
+    @contextmanager
+    def exact_time(embedding: nn.Module, timestep: Tensor) -> Iterator[None]:
+        """Within this context ``embedding`` gets ``timestep`` as its first argument in place of what it is called with.
+
+        Some transformers round the time to their own dtype before they embed it, and in bf16 0.999 is 1.
+        """
+
+        def restore(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (timestep, *arguments[1:])
+
+        handle = embedding.register_forward_pre_hook(restore)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes the transformer's blocks in backward, each in the state that its forward had.
+
+        What has to be in place again (the role's adapters) is asked from ``recompute_states`` when the block runs, not
+        when it is recomputed: by then another role may be active.
+        """
+
+        def checkpointed(module: nn.Module, *args: Any) -> Any:
+            replays = [state() for state in self.recompute_states]
+
+            def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+                return nullcontext(), _entered(replays)
+
+            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+        self.transformer.enable_gradient_checkpointing(checkpointed)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles the repeated blocks of the transformer in place (``torch.compile`` of each), which share their
+        compiled code; names and classes stay. A block is compiled once for every state that its roles have (adapter on
+        or off, with or without gradient), not once for every change between them.
+
+        options: of ``torch.compile``.
+        """
+        for blocks in self.transformer.children():
+            if isinstance(blocks, nn.ModuleList):
+                for block in blocks:
+                    block.compile(**options)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str, **options: Any) -> Backbone:
+        """A pretrained model; see :func:`apex_fast.backbones.loading.from_pretrained` for the arguments.
+
+        On a subclass it refuses models of another family.
+        """
+        from apex_fast.backbones.loading import from_pretrained
+
+        backbone = from_pretrained(path_or_id, **options)
+        if not isinstance(backbone, cls):
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: {path_or_id} is a {backbone.family} model; write "
+                f"{type(backbone).__name__} or Backbone.from_pretrained"
+            )
+        return backbone
+
+
+@contextmanager
+def _entered(replays: list[Replay]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for replay in replays:
+            stack.enter_context(replay())
+        yield
