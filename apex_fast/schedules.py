@@ -226,7 +226,7 @@ RandomState = tuple[Tensor, Tensor | None]
 
 def get_random_state(device: torch.device) -> RandomState:
     """State of the global generators that a network on ``device`` may draw from: the CPU's and the device's."""
-    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    on_device = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
     return torch.get_rng_state(), on_device
 
 

@@ -1,0 +1,25 @@
+"""Memory, passes and hours of a run before it runs, from configurations alone: ``apex-fast plan``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Plan", "PlanError", "Passes", "paper_passes", "plan", "step_passes"]
+
+_HOMES = {
+    "Plan": "planner",
+    "plan": "planner",
+    "PlanError": "blueprint",
+    "Passes": "passes",
+    "paper_passes": "passes",
+    "step_passes": "passes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Training imports the passes from here, and planning imports training.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

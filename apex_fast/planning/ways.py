@@ -1,0 +1,147 @@
+"""Ways to compute the step of one model, each planned once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from apex_fast.passes import Passes, paper_passes, step_passes
+from apex_fast.planning.blueprint import Blueprint
+from apex_fast.planning.memory import ACTIVATIONS
+from apex_fast.planning.step import GRADIENTS, StepBytes, plan_step, plannable
+from apex_fast.training.batches import TABLE_ON_DEVICE
+from apex_fast.training.config import TrainConfig
+from apex_fast.training.guidance import real_guidance
+from apex_fast.training.settings import SettingsError
+
+GIB = 1 << 30
+CONTEXT = GIB // 2
+"""Bytes that CUDA and its libraries take in a process before the first tensor; what is usual, not measured here."""
+MARGIN = 0.1
+"""Share of what comes and goes (activations, gradients, temporary tensors) that is added for the allocator."""
+
+SCHEDULES = ("joint", "retain", "sequential")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a step: a schedule, with or without gradient checkpointing.
+
+    Attributes:
+        step: its bytes and operations.
+        passes: what it costs.
+        needed: bytes of a GPU, with what is added for the allocator and CUDA.
+    """
+
+    schedule: str
+    checkpointing: bool
+    step: StepBytes
+    passes: Passes
+    needed: int
+
+
+def ways(config: TrainConfig) -> Iterator[tuple[tuple[str, bool], TrainConfig]]:
+    """Every schedule that the config's loss can take, with and without checkpointing."""
+    schedules = SCHEDULES if config.loss != "flow_matching" else (config.schedule_in_use,)
+    for checkpointing in (False, True):
+        for schedule in schedules:
+            changed = altered(config, schedule=schedule, gradient_checkpointing=checkpointing)
+            if changed is not None:
+                yield (schedule, checkpointing), changed
+
+
+def altered(config: TrainConfig, **changes: Any) -> TrainConfig | None:
+    """``config`` with other settings, or None if they do not go together."""
+    try:
+        return dataclasses.replace(config, **changes)
+    except SettingsError:
+        return None
+
+
+def passes_of(config: TrainConfig, guided: bool) -> Passes:
+    """Passes of a step at full weight of the correction."""
+    objective, checkpointing = config.objective, config.gradient_checkpointing
+    if config.loss == "flow_matching":
+        return Passes(0, 1, 1, 1 if checkpointing else 0)
+    if config.loss == "paper":
+        return paper_passes(
+            fake=objective.paper_fake_weight > 0,
+            mix=objective.paper_mix_weight > 0,
+            mixes_shifted=objective.mix_weight > 0,
+            detached=objective.detach_x_fake,
+            checkpointing=checkpointing,
+        )
+    return step_passes(
+        config.schedule_in_use,  # type: ignore[arg-type]
+        correction=objective.correction_weight > 0,
+        supervised=objective.supervised_weight > 0,
+        fake=objective.fake_weight > 0,
+        guided=guided,
+        checkpointing=checkpointing,
+    )
+
+
+class Planner:
+    """Plans ways of one model, each once."""
+
+    def __init__(self, model: Blueprint, gpus: int) -> None:
+        self.model, self.gpus = model, gpus
+        self.backbone = model.backbone()
+        self.embeddings = 0 if model.own_text else TABLE_ON_DEVICE
+        self._ways: dict[str, Way] = {}
+
+    def guidance(self, config: TrainConfig) -> float | None:
+        found = real_guidance(plannable(self.model, config), self.backbone)
+        return None if found is None else found.scale
+
+    def kept_vae(self, config: TrainConfig) -> int:
+        validates = config.validation_steps is not None and bool(config.validation_prompts)
+        return self.model.vae_parameters * _bytes(config) if validates else 0
+
+    def own_text(self) -> int:
+        """Bytes of a text encoder of the model's own, which stays."""
+        return self.model.text_encoder_parameters * 4 if self.model.own_text else 0
+
+    def before(self, config: TrainConfig) -> int:
+        if self.model.own_text:
+            return 0
+        return (self.model.text_encoder_parameters + self.model.vae_parameters) * _bytes(config)
+
+    def buckets(self, step: StepBytes) -> int:
+        return round(step.held[GRADIENTS]) if self.gpus > 1 else 0
+
+    def way(self, config: TrainConfig) -> Way:
+        key = repr(config)
+        if key not in self._ways:
+            step = _planned(self.model, config)
+            _, peak = step.peak_moment
+            moving = peak.get(ACTIVATIONS, 0.0) + peak.get(GRADIENTS, 0.0)
+            beside = self.embeddings + self.kept_vae(config) + self.own_text() + self.buckets(step)
+            needed = step.peak + beside + MARGIN * moving + CONTEXT
+            self._ways[key] = Way(
+                config.schedule_in_use,
+                config.gradient_checkpointing,
+                step,
+                passes_of(config, self.guidance(config) is not None),
+                round(needed),
+            )
+        return self._ways[key]
+
+
+def _planned(model: Blueprint, config: TrainConfig) -> StepBytes:
+    # A blueprint holds plain mappings, so its words are the key.
+    key = (repr(model), repr(config))
+    if key not in _STEPS:
+        if len(_STEPS) >= 256:
+            _STEPS.clear()
+        _STEPS[key] = plan_step(model, config)
+    return _STEPS[key]
+
+
+_STEPS: dict[tuple[str, str], StepBytes] = {}
+
+
+def _bytes(config: TrainConfig) -> int:
+    return 2 if config.weight_dtype == "bf16" else 4
