@@ -1,4 +1,4 @@
-"""The command ``apex-fast``: train, generate, eval, env, demo."""
+"""The command ``apex-fast``: init, plan, train, generate, eval, env, demo."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     APEX_FAST_TRACEBACK=1 shows it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # The models are local folders; without this the libraries would try to reach a hub first.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         if arguments[:1] == ["train"]:
             # The keys of a run are too many and too nested for argparse; the config parses them itself.
             return _train(arguments[1:])
+        if arguments[:1] == ["plan"]:
+            from apex_fast.planning import report
+
+            return report.main(arguments[1:])
         if arguments[:1] == ["env"]:
             from apex_fast import info
 
@@ -71,6 +73,23 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train or tune: apex-fast train CONFIG.yaml [--key value ...]; train --help lists all keys"
     )
 
+    starting = commands.add_parser(
+        "init",
+        help="write a commented config to start from",
+        description="Writes a commented config for a family of models and says what to type next.",
+    )
+    starting.add_argument(
+        "family", metavar="FAMILY", help="sana, qwen_image, flux, z_image, stable_diffusion_3 or lumina2"
+    )
+    starting.add_argument("--mode", choices=("lora", "full"), required=True, help="a LoRA, or all parameters")
+    starting.add_argument("--model", help="folder or hub id (default: the family's best-known one)")
+    starting.add_argument("-o", "--output", default="run.yaml", help="file to write (default run.yaml); never replaced")
+    starting.set_defaults(run=_init)
+
+    commands.add_parser(
+        "plan", help="memory, passes and hours of a run: apex-fast plan CONFIG.yaml [--gpu 24GB]; plan --help"
+    )
+
     generate = commands.add_parser(
         "generate", help="draw pictures from prompts", description="Draws pictures from prompts."
     )
@@ -78,15 +97,23 @@ def _parser() -> argparse.ArgumentParser:
         "model", metavar="RUN", help="folder of a run, a checkpoint or a saved model, or digits_start"
     )
     generate.add_argument("--prompt", nargs="+", required=True, help="one or several texts, each in quotes")
+    generate.add_argument("--base", help="where the model that the run started from is now, if it was moved")
+    generate.add_argument("--height", type=int, help="in pixels (default: as trained)")
+    generate.add_argument("--width", type=int, help="in pixels (default: as trained)")
+    generate.add_argument("--resolution", type=int, help="height and width of square pictures")
     generate.add_argument("--num-inference-steps", "--steps", type=int, default=1, help="sampling steps (default 1)")
     generate.add_argument("--n", type=int, default=4, help="images of each prompt (default 4)")
     generate.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     generate.add_argument(
-        "--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none (default)"
+        "--guidance-scale",
+        type=float,
+        help="classifier-free guidance as the model's own pipeline counts it (default: none)",
     )
-    generate.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    generate.add_argument("--negative-prompt", help="what guidance leads away from (default: the model's own)")
     generate.add_argument("--out", type=Path, help="PNG to write (default: RUN/generated/...)")
-    generate.add_argument("--size", type=int, default=256, help="edge of a single picture in pixels (default 256)")
+    generate.add_argument(
+        "--size", type=int, help="edge at which a picture is drawn (default: 256 for small ones, else their own)"
+    )
     generate.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
     generate.set_defaults(run=_generate)
 
@@ -136,6 +163,7 @@ def _step_list(text: str) -> list[int]:
 # ---- commands
 
 _TRAIN_USAGE = """usage: apex-fast train CONFIG.yaml [--key value ...]
+       apex-fast train CONFIG.yaml --smoke       (the same on a tiny random model, in a minute)
        apex-fast train RUN/config.yaml --resume_from_checkpoint latest
 
 Every key of the config file can be set on the command line, as --learning_rate or --learning-rate; keys of a section
@@ -150,6 +178,8 @@ def _train(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(_TRAIN_USAGE + "\n" + help_text(TrainConfig))
         return 0
+    smoke = "--smoke" in arguments
+    arguments = [word for word in arguments if word != "--smoke"]
     path: str | None = None
     if arguments and not arguments[0].startswith("--"):
         path, arguments = arguments[0], arguments[1:]
@@ -163,14 +193,39 @@ def _train(arguments: list[str]) -> int:
             "keys"
         )
     config = load_config(path, arguments)
+    if smoke:
+        _stay_offline()
+        from apex_fast.training.smoke import smoke_run
+
+        named = any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in arguments)
+        return smoke_run(config, output_dir=config.output_dir if named else None)
+    if not _needs_hub(config.pretrained_model_name_or_path or ""):
+        _stay_offline()
     from apex_fast.training.loop import Trainer
 
     return Trainer(config).run().exit_code
 
 
+def _stay_offline() -> None:
+    """For models in local folders: some tokenizers would ask a hub about themselves first, and wait for its answer."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _init(options: argparse.Namespace) -> int:
+    from apex_fast.starting import write_starting_config
+
+    print(write_starting_config(options.family, options.mode, options.output, model=options.model))
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     from apex_fast.generate import generate, picture_path, write_picture
 
+    if options.resolution is not None and (options.height is not None or options.width is not None):
+        print("apex-fast generate: write --resolution, or --height and --width", file=sys.stderr)
+        return 2
+    if not _needs_hub(options.base or options.model):
+        _stay_offline()
     try:
         images, which = generate(
             options.model,
@@ -179,8 +234,11 @@ def _generate(options: argparse.Namespace) -> int:
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             negative_prompt=options.negative_prompt,
+            height=options.height or options.resolution,
+            width=options.width or options.resolution,
             seed=options.seed,
             device=options.device,
+            base=options.base,
         )
     except ValueError as error:
         print(f"apex-fast generate: {error}", file=sys.stderr)
@@ -197,9 +255,26 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _needs_hub(model: str) -> bool:
+    """Whether ``model`` is on the hub, or a run that was trained on one that is."""
+    from apex_fast.training.models import is_hub_id
+    from apex_fast.training.results import Record, find_result
+
+    while not is_hub_id(model):
+        try:
+            record = Record.read(find_result(model).folder)
+        except (FileNotFoundError, RuntimeError):
+            return False
+        if record is None:
+            return False
+        model = record.base
+    return True
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from apex_fast.generate import evaluate_run, evaluation_table, write_evaluation
 
+    _stay_offline()
     try:
         result = evaluate_run(
             options.model,
@@ -221,6 +296,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from apex_fast.demo import run_demo
 
+    _stay_offline()
     return run_demo(options.output_dir, quick=options.quick, start=options.start, seed=options.seed)
 
 

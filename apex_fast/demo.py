@@ -28,8 +28,9 @@ from apex_fast.evaluation import report
 from apex_fast.evaluation.digits import digit_floor, evaluate_digits
 from apex_fast.sampler import sample
 from apex_fast.training.config import TrainConfig, load_config
-from apex_fast.training.loop import Trainer, claim_folder
+from apex_fast.training.loop import Trainer
 from apex_fast.training.models import load_generator
+from apex_fast.training.state import claim_folder
 
 RECIPE = Path(__file__).parent / "assets" / "digits_demo.yaml"
 """The run of the demo; ``examples/digits_demo.yaml`` is the same file, to be read and changed."""
@@ -203,7 +204,7 @@ def _sizes(network: Any) -> str:
     def million(part: torch.nn.Module) -> str:
         return f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
 
-    return f"{million(network.transformer)} parameter transformer, {million(network.text_encoder)} text encoder"
+    return f"{million(network.transformer)} parameter transformer, {million(network.text)} text encoder"
 
 
 def _claim(config: TrainConfig) -> None:

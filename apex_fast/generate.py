@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apex_fast.sampler import sample
+from apex_fast.backbones.base import Backbone
+from apex_fast.training.config import DIGITS_START
+from apex_fast.training.guidance import combine
 from apex_fast.training.models import device_of, load_generator
+from apex_fast.training.results import Record, find_result
+from apex_fast.training.settings import SettingsError
+from apex_fast.training.validation import SMALL, draw_pictures, square
 
 
 def generate(
@@ -21,16 +26,28 @@ def generate(
     *,
     images_per_prompt: int = 4,
     num_inference_steps: int = 1,
-    guidance_scale: float = 1.0,
-    negative_prompt: str = "",
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    base: str | None = None,
 ) -> tuple[Tensor, str]:
     """Images ``[len(prompts) * images_per_prompt, C, H, W]`` in [-1, 1] on the CPU, prompt by prompt, and a phrase
     naming the model.
 
-    run: see :func:`apex_fast.training.models.load_generator`, whose errors this raises. The noise of an image depends
-    on ``seed`` and its place alone. Raises ValueError for counts below 1 and for a device that is not there.
+    Args:
+        run, base: see :func:`apex_fast.training.models.load_generator`.
+        guidance_scale: classifier-free guidance in the convention of the model's own pipeline; None is none, as a
+            one-step generator is made to be used.
+        negative_prompt: what guidance leads away from; None is the one of the model's pipeline, or "".
+        height, width: in pixels; None is the size that the run trained at.
+        seed: of the noise; that of an image depends on it and its place alone.
+
+    Raises:
+        ValueError: counts below 1, a size that the model cannot make, a device that is not there.
+        FileNotFoundError, CheckpointError: as ``load_generator``.
     """
     for name, value in (("images_per_prompt", images_per_prompt), ("num_inference_steps", num_inference_steps)):
         if value < 1:
@@ -38,21 +55,48 @@ def generate(
     if not prompts:
         raise ValueError("at least one prompt is needed")
     device = device_of(str(device))
-    network, which = load_generator(run)
+    network, which = load_generator(run, base=base)
     network = network.to(device)
     texts = [p for p in prompts for _ in range(images_per_prompt)]
-    noise = torch.randn(len(texts), *network.sample_shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    with torch.no_grad():
-        negative = network.encode([negative_prompt]) if guidance_scale != 1.0 else None
-        images = sample(
-            network,
-            noise,
-            network.encode(texts),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_condition=negative,
+    shape = _latent_shape(run, network, height, width)
+    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed))
+    scale, guide = (1.0, None) if guidance_scale is None else combine(network, guidance_scale)
+    negative = None
+    if scale != 1.0 or guide is not None:
+        prompt = network.teacher_guidance.negative_prompt or "" if negative_prompt is None else negative_prompt
+        negative = network.encode([prompt], negative=True)
+    if network.text is not None:
+        condition = network.encode(texts)
+    else:
+        # The text encoders of a pipeline are large: each prompt once.
+        condition = network.encode(list(prompts)).index(
+            [i for i in range(len(prompts)) for _ in range(images_per_prompt)]
         )
-    return images.float().cpu(), which
+    images = draw_pictures(
+        network,
+        noise,
+        condition,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=scale,
+        negative_condition=negative,
+        guide=guide,
+    )
+    return images, which
+
+
+def _latent_shape(run: str | Path, network: Backbone, height: int | None, width: int | None) -> tuple[int, int, int]:
+    if network.text is not None:
+        if height is not None or width is not None:
+            raise ValueError(
+                f"height and width: this model makes pictures of {list(network.sample_shape[1:])} pixels only"
+            )
+        return network.sample_shape
+    record = None if str(run) == DIGITS_START else Record.read(find_result(run).folder)
+    own = network.sample_shape[1:]
+    size = [edge * network.vae_scale_factor for edge in own]
+    if record is not None and record.resolution is not None:
+        size = record.resolution
+    return network.latent_shape(height or size[0], width or size[1])
 
 
 def picture_path(run: str | Path, prompt: str, num_inference_steps: int, seed: int) -> Path:
@@ -68,23 +112,48 @@ def picture_path(run: str | Path, prompt: str, num_inference_steps: int, seed: i
     )
 
 
-def write_picture(images: Tensor, prompts: Sequence[str], path: Path, *, size: int = 256) -> Path:
-    """One PNG: a single image as it is, several as a grid with one row a prompt. Folders are made. Returns the path."""
+def write_picture(images: Tensor, prompts: Sequence[str], path: Path, *, size: int | None = None) -> Path:
+    """One PNG: a single image as it is, several as a grid with one row a prompt. Folders are made. Returns the path.
+
+    size: edge of a single picture and upper bound of a tile; None is 256 for small pictures and their own size for
+        others.
+    """
     from apex_fast.evaluation.report import Row, grid_picture, pixels, sample_picture
     from apex_fast.extras import require
 
     path.parent.mkdir(parents=True, exist_ok=True)
     per_prompt = len(images) // len(prompts)
+    edge = max(images.shape[2:])
+    small = edge <= SMALL
+    size = (256 if small else edge) if size is None else size
     if len(images) == 1:
-        require("PIL.Image", extra="train").fromarray(pixels(images[0], size)).save(path)
-    elif len(prompts) == 1:
-        grid_picture(images, tile=min(size, 160), across=min(per_prompt, 8)).save(path)
+        picture = require("PIL.Image", extra="train").fromarray(pixels(square(images)[0], size))
+        if images.shape[2] != images.shape[3]:
+            picture = picture.crop(_content(images.shape[2], images.shape[3], size))
+        picture.save(path)
+        return path
+    tiles = square(images)
+    if len(prompts) == 1:
+        grid_picture(tiles, tile=min(size, 160 if small else edge), across=min(per_prompt, 8)).save(path)
     else:
-        rows = [Row(f'"{p}"', "", images[i * per_prompt : (i + 1) * per_prompt]) for i, p in enumerate(prompts)]
+        rows = [Row(f'"{p}"', "", tiles[i * per_prompt : (i + 1) * per_prompt]) for i, p in enumerate(prompts)]
         sample_picture(
-            rows, [""], per_column=per_prompt, title="", tile=min(size, 112), across=min(per_prompt, 8)
+            rows,
+            [""],
+            per_column=per_prompt,
+            title="",
+            tile=min(size, 112 if small else 256),
+            across=min(per_prompt, 8),
         ).save(path)
     return path
+
+
+def _content(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """The box that a picture of ``height`` x ``width`` takes in its square of edge ``size``."""
+    edge = max(height, width)
+    tall, wide = round(size * height / edge), round(size * width / edge)
+    left, top = (size - wide) // 2, (size - tall) // 2
+    return left, top, left + wide, top + tall
 
 
 def evaluate_run(
@@ -95,6 +164,9 @@ def evaluate_run(
     from apex_fast.evaluation.digits import digit_floor, evaluate_digits
 
     network, which = load_generator(run)
+    digits = (1, 8, 8)
+    if network.sample_shape != digits:
+        raise SettingsError(f"eval scores digits, and {which} makes samples of the shape {list(network.sample_shape)}")
     scores = {
         str(n): evaluate_digits(
             network, num_inference_steps=n, samples=samples, seed=seed, guidance_scale=guidance_scale

@@ -275,9 +275,7 @@ def test_a_folder_that_is_not_a_model_says_what_is_missing(backbone, tmp_path):
         SanaBackbone.from_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "PixArtSigmaPipeline"}))
-    with pytest.raises(
-        ValueError, match="PixArtSigmaPipeline, which is not supported: it predicts"
-    ):
+    with pytest.raises(ValueError, match="PixArtSigmaPipeline, which is not supported: it predicts"):
         SanaBackbone.from_pretrained(folder)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("yaml")
 
-from tiny_runs import keys, losses, make_start, start_process
+from tiny_runs import keys, losses, make_pipeline, make_start, pipeline_keys, start_process
 
 from apex_fast.training import checkpoint
 from apex_fast.training.checkpoint import CheckpointError
@@ -305,6 +305,52 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tiny_start: Path, 
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert not list((tmp_path / "killed").glob(".checkpoint*"))
+
+
+LORA = (
+    *("--rank", "4", "--lora_dropout", "0.2", "--learning_rate", "1e-2", "--checkpointing_steps", "2"),
+    *("--gradient_accumulation_steps", "2", "--proportion_empty_prompts", "0.3", "--gradient_checkpointing", "true"),
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("peft")
+    return make_pipeline(tmp_path_factory.mktemp("pipeline"), "sana")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--real_branch", "frozen"),
+        ("--real_branch", "ema", "--schedule", "joint"),
+        ("--real_branch", "ema", "--lora_dtype", "bf16", "--weight_dtype", "bf16", "--use_dora", "true"),
+    ],
+    ids=["frozen", "ema", "ema-bf16-dora"],
+)
+def test_a_killed_lora_run_goes_on_with_the_same_numbers(pipeline: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Adapter, averages, an adapter for the real branch, dropout: all of it comes back bit for bit after a kill -9."""
+
+    def arguments(folder: str, *last: str) -> list[str]:
+        return pipeline_keys(pipeline, tmp_path / folder, *LORA, *more, *last)
+
+    Trainer(load_config(None, arguments("whole"))).run()
+    process = start_process(["-c", KILLED_IN_A_SAVE, *arguments("killed")])
+    assert process.stdout is not None
+    while (line := process.stdout.readline()).strip() != "half":
+        assert line, process.communicate()[1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "killed")] == ["checkpoint-2"]
+    trainer = Trainer(load_config(None, arguments("killed", "--resume_from_checkpoint", "latest")))
+    assert trainer.step == 2
+    trainer.run()
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
+    assert_same_checkpoint(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+    # only the adapter is in it, and its values are those that trained
+    files = {p.name for p in (tmp_path / "whole" / "checkpoint-4" / "model").iterdir()}
+    assert files == {"pytorch_lora_weights.safetensors", "apex_fast.json"}
 
 
 def test_a_checkpoint_is_diffusers_layout_and_no_pickle(tiny_start: Path, tmp_path: Path) -> None:

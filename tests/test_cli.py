@@ -202,6 +202,8 @@ def test_a_device_that_is_not_there_is_one_line(
         (["train", "--network_dim", "4"], 2, "write 'rank'"),
         (["train", "--output_dir", "x", "--learning_rat", "4"], 2, "did you mean 'learning_rate'"),
         (["train", "--output_dir", "x", "--pretrained_model_name_or_path", "/no/such"], 1, "/no/such holds no model"),
+        (["train", "--output_dir", "x", "--smoke"], 2, "set pretrained_model_name_or_path"),
+        (["init", "sdxl", "--mode", "lora"], 2, "no such family: sdxl; expected one of sana, qwen_image"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(
@@ -234,6 +236,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ["--help"],
         ["generate", "--help"],
         ["eval", "--help"],
+        ["init", "--help"],
         ["demo", "--help"],
         ["env", "--help"],
         [],

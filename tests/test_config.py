@@ -11,7 +11,8 @@ pytest.importorskip("yaml")
 
 from apex_fast.objective import ApexObjective
 from apex_fast.shift import ConditionShift
-from apex_fast.training.config import FOREIGN_KEYS, TrainConfig, load_config
+from apex_fast.training.config import REAL_BRANCH, TrainConfig, load_config
+from apex_fast.training.foreign_keys import FOREIGN_KEYS
 from apex_fast.training.settings import SettingsError, as_mapping, help_text, keys_of, read_yaml, write_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,8 @@ def test_every_key_is_documented_and_shown_by_help() -> None:
 def test_the_objective_section_has_every_field_of_the_objective() -> None:
     section = {name.split(".")[1] for name in keys_of(TrainConfig) if name.startswith("objective.")}
     fields = {f.name for f in dataclasses.fields(ApexObjective)}
-    assert section == fields - {"shift", "loss", "total_steps"}
+    # guidance is the model's own unless the run says otherwise: a key of the run
+    assert section == fields - {"shift", "loss", "total_steps", "guidance_scale"}
 
 
 def test_a_config_makes_the_objective_that_it_describes(tmp_path: Path) -> None:
@@ -129,12 +131,39 @@ def test_a_foreign_key_is_refused_with_the_right_one(tmp_path: Path, key: str, r
         from_text(tmp_path, f"{key}: 4\n")
 
 
-@pytest.mark.parametrize("key", ["network_dim", "network_alpha", "network_module", "linear", "lora_rank"])
-def test_a_foreign_key_of_lora_says_at_once_that_there_is_none_yet(tmp_path: Path, key: str) -> None:
-    with pytest.raises(
-        SettingsError, match=f"unknown key '{key}': .*('rank'|'lora_alpha').*LoRA is not implemented yet"
-    ):
-        from_text(tmp_path, f"{key}: 4\n")
+def test_the_guidance_moved_out_of_the_objective(tmp_path: Path) -> None:
+    message = "unknown key 'objective.guidance_scale': write 'guidance_scale' at the top level"
+    with pytest.raises(SettingsError, match=message):
+        from_text(tmp_path, "objective: {guidance_scale: 2.0}\n")
+    with pytest.raises(SettingsError, match=message):
+        from_text(tmp_path, "", "--objective.guidance_scale", "2.0")
+    assert from_text(tmp_path, "guidance_scale: 2\n").guidance_scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("resolution: 512\n", [], (512, 512)),
+        ("resolution: [768, 512]\n", [], (768, 512)),
+        ("", ["--resolution", "512"], (512, 512)),
+        ("", ["--resolution", "768", "512"], (768, 512)),
+        ("", ["--resolution", "[768, 512]"], (768, 512)),
+        ("resolution: 64\n", ["--resolution", "null"], None),
+    ],
+)
+def test_resolutions(tmp_path: Path, text: str, words: list[str], expected: tuple[int, int] | None) -> None:
+    assert from_text(tmp_path, "dataset_name: pictures\n" + text, *words).image_size == expected
+
+
+def test_the_real_branch_of_each_way_of_tuning(tmp_path: Path) -> None:
+    assert from_text(tmp_path, "").real_branch_in_use == REAL_BRANCH["full"]
+    assert from_text(tmp_path, "rank: 4\n").real_branch_in_use == REAL_BRANCH["lora"]
+    assert from_text(tmp_path, "real_branch: ema\n").real_branch_in_use == "ema"
+    # where the loss has none, no copy is held
+    assert from_text(tmp_path, "loss: paper\n").real_branch_in_use == "live"
+    assert from_text(tmp_path, "objective: {correction_weight: 0.0}\n").real_branch_in_use == "live"
+    # a live branch is held by the data alone
+    assert from_text(tmp_path, "real_branch: live\n").real_branch_in_use == "live"
 
 
 def test_no_foreign_key_hides_one_of_ours_and_all_point_to_keys_that_exist() -> None:
@@ -170,8 +199,34 @@ def test_a_wrong_type_says_what_was_expected_and_what_came(tmp_path: Path, text:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rank: 16\n", "rank: LoRA is not implemented yet"),
-        ("lora_alpha: 8\n", "lora_alpha: LoRA is not implemented yet"),
+        ("rank: 0\n", "rank must be at least 1, got 0"),
+        ("rank: 4\nlora_alpha: 0\n", "lora_alpha must be above 0"),
+        ("rank: 4\nlora_dropout: 1.0\n", "lora_dropout must be at least 0 and below 1"),
+        ("rank: 4\nlora_target_modules: []\n", "lora_target_modules is empty"),
+        ("lora_alpha: 8\n", "lora_alpha belongs to LoRA, and all parameters are tuned .rank: null.; write rank"),
+        ("use_dora: true\n", "use_dora belongs to LoRA"),
+        ("lora_target_modules: [to_q]\n", "lora_target_modules belongs to LoRA"),
+        ("quantization: int8\n", "quantised weights cannot be trained, and all parameters are tuned"),
+        (
+            "weight_dtype: bf16\n",
+            "most updates of AdamW would be rounded away. Write weight_dtype: fp32 with mixed_pre",
+        ),
+        ("start_lora: x\nstart_lora_mode: frozen\n", "start_lora_mode: frozen needs a LoRA to train"),
+        ("rank: 4\nquantization: int8\nstart_lora: x\n", "merge cannot add a LoRA to quantised weights"),
+        (
+            "real_branch: live\nobjective: {supervised_weight: 0.0}\n",
+            "real_branch: live needs objective.supervised_weight above 0: nothing else holds",
+        ),
+        (
+            "rank: 4\nuse_dora: true\nlora_dropout: 0.1\nweight_dtype: bf16\n",
+            "use_dora with lora_dropout needs lora_dtype .fp32. to be weight_dtype .bf16., or mixed_precision: bf16",
+        ),
+        ("loss: paper\nguidance_scale: 2.0\n", "guidance_scale: the paper loss has no real branch to guide"),
+        ("resolution: 64\n", "digits have 8 x 8 pixels"),
+        ("dataset_name: x\nresolution: [1, 2, 3]\n", "resolution must be one edge in pixels or .height, width."),
+        ("dataset_name: x\nresolution: 0\n", "resolution must be one edge in pixels"),
+        ("dataset_name: x\nvalidation_metrics: true\n", "validation_metrics scores digits"),
+        ("family: sdxl\n", "family must be one of: sana, qwen_image, flux"),
         ("mixed_precision: fp16\n", "fp16 is not implemented"),
         ("train_text_encoder: true\n", "train_text_encoder is for loss: flow_matching"),
         ("max_train_steps: 0\n", "max_train_steps must be at least 1, got 0"),
@@ -181,7 +236,6 @@ def test_a_wrong_type_says_what_was_expected_and_what_came(tmp_path: Path, text:
         ("validation_steps: 5\n", "nothing to validate"),
         ("objective: {supervised_times: {low: 2.0}}\n", "objective.supervised_times: TimeDistribution: 0 <= low"),
         ("objective: {clip: -1.0}\n", "objective: ApexObjective: clip must be above 0"),
-        ("loss: paper\nobjective: {guidance_scale: 2.0}\n", "the paper loss has no real branch to guide"),
         ("loss: paper\nschedule: sequential\n", "schedule: sequential cannot serve loss: paper.*schedule: retain"),
         ("seed: 1\nseed: 2\n", "line 4: the key 'seed' stands there twice"),
         ("shift: {scale: 1.0, scale: 2.0}\n", "the key 'scale' stands there twice"),

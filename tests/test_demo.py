@@ -69,7 +69,7 @@ def test_the_sizes_of_both_parts_are_told(demo: tuple[Path, str], tiny_start: Pa
     from apex_fast.training.models import load_generator
 
     network, _ = load_generator(tiny_start)
-    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (network.transformer, network.text_encoder)]
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (network.transformer, network.text)]
     assert f"({sizes[0]:.2f} M parameter transformer, {sizes[1]:.2f} M text encoder)" in demo[1]
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("yaml")
 
 from tiny_runs import TEXT_ENCODER, TRANSFORMER, keys, losses, make_start, start_process
 
-from apex_fast.training.batches import Batches, EpochOrder, TextImages, load_data
+from apex_fast.training.batches import Batches, EpochOrder, TextImages, load_digits
 from apex_fast.training.checkpoint import checkpoints
 from apex_fast.training.config import load_config
 from apex_fast.training.ema import WeightAverage
@@ -62,7 +62,7 @@ def test_a_batch_pairs_images_with_their_own_prompts(tiny_start: Path) -> None:
         seen.append(prompts)
         return backbone.encode(prompts)
 
-    data = load_data("digits")
+    data = load_digits()
     options = {"batch_size": 16, "seed": 5, "device": torch.device("cpu")}
     plain = Batches(data, encode, cached=False, **options)
     cached = Batches(data, backbone.encode, cached=True, **options)
@@ -175,13 +175,13 @@ def test_a_run_trains_and_writes_what_it_promises(tiny_start: Path, tmp_path: Pa
         tiny_start, tmp_path, *options, "--loss", loss, "--validation_prompts", "a 7", "--validation_steps", "3"
     )
     before = {n: p.detach().clone() for n, p in trainer.backbone.transformer.named_parameters()}
-    text_before = {n: p.detach().clone() for n, p in trainer.backbone.text_encoder.named_parameters()}
+    text_before = {n: p.detach().clone() for n, p in trainer.backbone.text.text_encoder.named_parameters()}
     assert trainer.backbone.transformer.is_gradient_checkpointing
     result = trainer.run()
     assert (result.step, result.finished, result.exit_code) == (6, True, 0)
     moved = [n for n, p in trainer.backbone.transformer.named_parameters() if not torch.equal(p, before[n])]
     assert len(moved) > 0.8 * len(before)
-    assert all(torch.equal(p, text_before[n]) for n, p in trainer.backbone.text_encoder.named_parameters())
+    assert all(torch.equal(p, text_before[n]) for n, p in trainer.backbone.text.text_encoder.named_parameters())
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert all(isinstance(v, (float, int, str)) for r in records for v in r.values())
@@ -205,12 +205,14 @@ def test_flow_matching_makes_a_start_from_nothing_and_learns(tmp_path: Path) -> 
     }
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     trainer = Trainer(load_config(tmp_path / "c.yaml"))
-    text = [p.detach().clone() for p in trainer.backbone.text_encoder.parameters()]
+    text = [p.detach().clone() for p in trainer.backbone.text.text_encoder.parameters()]
     trainer.run()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = (sum(r["loss_supervised"] for r in part) / 10 for part in (records[:10], records[-10:]))
     assert last < 0.8 * first
-    assert any(not torch.equal(a, b) for a, b in zip(text, trainer.backbone.text_encoder.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(text, trainer.backbone.text.text_encoder.parameters(), strict=True)
+    )
     # and the start can be tuned
     tuned = trainer_of(tmp_path / "run", tmp_path / "tuned", "--max_train_steps", "3")
     assert tuned.run().finished
@@ -225,7 +227,7 @@ def test_looking_at_a_run_does_not_change_it(tiny_start: Path, tmp_path: Path) -
     trainer = trainer_of(tiny_start, tmp_path / "watched", callbacks=[look])
     trainer.run()
     assert losses(tmp_path / "plain") == losses(tmp_path / "watched")
-    assert trainer.backbone.transformer.training and not trainer.backbone.text_encoder.training
+    assert trainer.backbone.transformer.training and not trainer.backbone.text.text_encoder.training
 
 
 def test_bf16_keeps_fp32_weights(tiny_start: Path, tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_guidance_uses_the_negative_prompt(tiny_start: Path, tmp_path: Path) -> 
             tmp_path / name,
             "--max_train_steps",
             "3",
-            "--objective.guidance_scale",
+            "--guidance_scale",
             "3.0",
             "--negative_prompt",
             prompt,

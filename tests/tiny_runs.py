@@ -41,6 +41,16 @@ def make_start(folder: Path) -> Path:
     return folder
 
 
+def make_pipeline(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """Saves the tiny random pipeline of ``family`` in ``folder``, and eight captioned pictures beside it."""
+    pytest.importorskip("diffusers")
+    from apex_fast.backbones.tiny import save_tiny_pipeline
+    from apex_fast.training.smoke import render_pictures
+
+    render_pictures(folder / "pictures")
+    return save_tiny_pipeline(family, folder / family, seed=seed)
+
+
 def keys(start: Path, output_dir: Path, *more: str) -> list[str]:
     """Command-line keys of a run of four tiny steps; ``more`` comes on top."""
     base = {
@@ -54,6 +64,27 @@ def keys(start: Path, output_dir: Path, *more: str) -> list[str]:
         "real_branch": "ema",
         "device": "cpu",
     }
+    return _words(base, more)
+
+
+def pipeline_keys(model: Path, output_dir: Path, *more: str) -> list[str]:
+    """The same for what :func:`make_pipeline` saved: batches of two pictures of 32 x 32 pixels."""
+    base = {
+        "pretrained_model_name_or_path": str(model),
+        "dataset_name": str(model.parent / "pictures"),
+        "resolution": "32",
+        "output_dir": str(output_dir),
+        "max_train_steps": "4",
+        "train_batch_size": "2",
+        "logging_steps": "1",
+        "objective.warmup_steps": "1",
+        "objective.ramp_steps": "1",
+        "device": "cpu",
+    }
+    return _words(base, more)
+
+
+def _words(base: dict[str, str], more: tuple[str, ...]) -> list[str]:
     for name, value in zip(more[::2], more[1::2], strict=True):
         base[name.removeprefix("--")] = value
     return [word for name, value in base.items() for word in (f"--{name}", value)]

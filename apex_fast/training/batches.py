@@ -3,13 +3,13 @@ is possible."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from apex_fast.condition import Condition
+from apex_fast.condition import Condition, condition_tensors
 
 
 class EpochOrder:
@@ -58,10 +58,8 @@ class TextImages:
         return len(self.images)
 
 
-def load_data(name: str) -> TextImages:
-    """The training split of the data set ``name`` ("digits"). ValueError for another."""
-    if name != "digits":
-        raise ValueError(f"dataset_name must be 'digits', the one data set that ships so far, got {name!r}")
+def load_digits() -> TextImages:
+    """The training split of the scanned digits."""
     from apex_fast.data.digits import Digits, all_prompts, prompts_for
 
     digits = Digits.load("train")
@@ -70,11 +68,39 @@ def load_data(name: str) -> TextImages:
     )
 
 
+class PromptTable:
+    """Conditions of prompts that are known before the run, each encoded once.
+
+    It is kept on ``device`` up to ``TABLE_ON_DEVICE`` bytes, else on the CPU, from where rows are fetched.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Condition], prompts: Iterable[str], device: torch.device) -> None:
+        unique = list(dict.fromkeys(prompts))
+        self._rows = {prompt: i for i, prompt in enumerate(unique)}
+        self.device, condition = device, encode(unique)
+        self.bytes = sum(part.numel() * part.element_size() for part in condition_tensors(condition))
+        self.condition = condition.to(device if self.bytes <= TABLE_ON_DEVICE else torch.device("cpu"))
+
+    def holds(self, prompts: Iterable[str]) -> bool:
+        """Whether all ``prompts`` are in the table."""
+        return all(prompt in self._rows for prompt in prompts)
+
+    def __call__(self, prompts: list[str]) -> Condition:
+        """The condition of ``prompts`` on the device. KeyError for one that is not in the table."""
+        rows = torch.tensor([self._rows[p] for p in prompts], device=self.condition.device)
+        return self.condition.index(rows).to(self.device)
+
+
+TABLE_ON_DEVICE = 256 << 20
+"""Bytes of embeddings up to which they are kept on the device of the run."""
+
+
 class Batches:
     """Batches of (images, condition) for a trainer: order, prompts and position in one place.
 
     encode: prompts -> Condition. empty_share: share of prompts replaced by the empty one. cached: the text encoder is
-        frozen and the data set has a vocabulary, so each prompt is encoded once.
+        frozen and the data set has a vocabulary, so each prompt is encoded once. table: prompts that are encoded
+        already.
     """
 
     def __init__(
@@ -87,17 +113,15 @@ class Batches:
         device: torch.device,
         cached: bool,
         empty_share: float = 0.0,
+        table: PromptTable | None = None,
     ) -> None:
         self.data, self.encode, self.batch_size, self.device = data, encode, batch_size, device
         self.order = EpochOrder(len(data), seed)
         self.position, self.empty_share = 0, empty_share
         self.generator = torch.Generator().manual_seed(seed)
-        self._rows: dict[str, int] = {}
-        self._table: Condition | None = None
-        if cached and data.vocabulary is not None:
-            unique = list(dict.fromkeys([*data.vocabulary, ""]))
-            self._rows = {prompt: i for i, prompt in enumerate(unique)}
-            self._table = encode(unique).to(device)
+        self.table = table
+        if table is None and cached and data.vocabulary is not None:
+            self.table = PromptTable(encode, [*data.vocabulary, ""], device)
 
     def next(self) -> tuple[Tensor, Condition]:
         """Images [B, ...] on the device and the condition of a prompt drawn for each."""
@@ -108,8 +132,8 @@ class Batches:
             dropped = torch.rand(len(prompts), generator=self.generator) < self.empty_share
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         images = self.data.images[chosen].to(self.device)
-        if self._table is not None and all(p in self._rows for p in prompts):
-            return images, self._table.index(torch.tensor([self._rows[p] for p in prompts], device=self.device))
+        if self.table is not None and self.table.holds(prompts):
+            return images, self.table(prompts)
         return images, self.encode(prompts)
 
     @property

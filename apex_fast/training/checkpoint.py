@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -106,36 +106,6 @@ def load_json(folder: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {name}.json; is it the checkpoint of a training run?")
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def load_weights(module: nn.Module, folder: Path, parts: tuple[str, ...] = ("transformer", "text_encoder")) -> None:
-    """Copies the weights of a saved model into the submodules ``parts`` of ``module``, names matched exactly.
-
-    Raises:
-        CheckpointError: a part has no safetensors file, or its names or shapes differ.
-    """
-    for part in parts:
-        target: nn.Module = getattr(module, part)
-        files = sorted((folder / part).glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{folder / part} has no .safetensors file")
-        state: dict[str, Tensor] = {}
-        for file in files:
-            state.update(load_file(str(file)))
-        own = target.state_dict(keep_vars=True)
-        # One memory under two names (tied embeddings) is written once.
-        saved = {own[name].data_ptr() for name in state if name in own}
-        missing = [name for name, value in own.items() if name not in state and value.data_ptr() not in saved]
-        unknown = [name for name in state if name not in own]
-        wrong = [name for name in state if name in own and own[name].shape != state[name].shape]
-        if missing or unknown or wrong:
-            raise CheckpointError(
-                f"{folder / part} is of another network: missing {missing[:3]}, unknown {unknown[:3]}, of another "
-                f"shape {wrong[:3]}"
-            )
-        with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
 
 
 # ---- random states

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from apex_fast.objective import ApexObjective
 from apex_fast.path import TimeDistribution
 from apex_fast.shift import ConditionShift
+from apex_fast.training.foreign_keys import FOREIGN_KEYS
 from apex_fast.training.settings import (
     SettingsError,
     argument_docs,
@@ -28,57 +29,11 @@ from apex_fast.training.settings import (
 DIGITS_START = "digits_start"
 """Name under which the start that ships in the package is reached."""
 
-_NO_LORA = "LoRA is not implemented yet, so leave it out to tune all parameters"
+DIGITS = "digits"
+"""Name of the data set that ships with scikit-learn; every other ``dataset_name`` is a folder."""
 
-FOREIGN_KEYS = {
-    # kohya's sd-scripts
-    "network_dim": f"write 'rank' (that is kohya's name for it); {_NO_LORA}",
-    "network_alpha": f"write 'lora_alpha' (that is kohya's name for it); {_NO_LORA}",
-    "network_module": f"'rank' chooses LoRA here, there is no module to name; {_NO_LORA}",
-    "unet_lr": "write 'learning_rate'; there is one for all that is trained",
-    "text_encoder_lr": "write 'learning_rate' and 'train_text_encoder: true'",
-    "save_every_n_steps": "write 'checkpointing_steps'",
-    "save_last_n_steps": "write 'checkpoints_total_limit' (a number of checkpoints, not of steps)",
-    "sample_every_n_steps": "write 'validation_steps'",
-    "sample_prompts": "write 'validation_prompts' (a list of texts)",
-    "output_name": "write 'output_dir'",
-    "train_data_dir": "write 'dataset_name'",
-    "max_train_epochs": "write 'max_train_steps'; runs are counted in steps",
-    "min_snr_gamma": "there is no such weight for flow models; leave it out",
-    "log_with": "write 'report_to'",
-    "optimizer_type": "leave it out: the optimizer is AdamW, see 'adam_beta1' and the keys beside it",
-    "optimizer_args": "leave it out: the optimizer is AdamW, see 'adam_beta1' and the keys beside it",
-    "save_model_as": "leave it out: everything is saved as safetensors",
-    # ai-toolkit
-    "name_or_path": "write 'pretrained_model_name_or_path'",
-    "linear": f"write 'rank' (that is ai-toolkit's name for it); {_NO_LORA}",
-    "linear_alpha": f"write 'lora_alpha' (that is ai-toolkit's name for it); {_NO_LORA}",
-    "steps": "write 'max_train_steps'",
-    "lr": "write 'learning_rate'",
-    "batch_size": "write 'train_batch_size'",
-    "gradient_accumulation": "write 'gradient_accumulation_steps'",
-    "save_every": "write 'checkpointing_steps'",
-    "max_step_saves_to_keep": "write 'checkpoints_total_limit'",
-    "sample_every": "write 'validation_steps'",
-    "dtype": "write 'mixed_precision'",
-    "training_folder": "write 'output_dir'",
-    "optimizer": "leave it out: the optimizer is AdamW, see 'adam_beta1' and the keys beside it",
-    # diffusers' own variants
-    "validation_prompt": "write 'validation_prompts' (a list of texts)",
-    "validation_epochs": "write 'validation_steps'; runs are counted in steps",
-    "num_train_epochs": "write 'max_train_steps'; runs are counted in steps",
-    "num_validation_images": "write 'validation_images_per_prompt'",
-    "lora_rank": f"write 'rank'; {_NO_LORA}",
-    "resolution": "leave it out: the size comes from the model",
-    "scale_lr": "leave it out and write the learning rate that you mean",
-    "use_8bit_adam": "leave it out: not implemented yet",
-    "enable_xformers_memory_efficient_attention": "leave it out: torch's attention is used",
-    "pretrained_teacher_model": "leave it out: the weights are held once; 'real_branch' says what the real branch is",
-    # spellings of APEX's own ideas
-    "teacher": "write 'real_branch' (frozen, ema or live)",
-    "lambda": "write 'objective' and its weights; `apex-fast train --help` lists them",
-}
-
+REAL_BRANCH = {"full": "frozen", "lora": "frozen"}
+"""What ``real_branch: auto`` is for each way of tuning: full tuning copies the start, LoRA switches the adapter off."""
 
 # ---- sections
 
@@ -102,9 +57,11 @@ def _section_of(cls: type, name: str, leave_out: Sequence[str]) -> type:
     return made
 
 
-ObjectiveSettings = _section_of(ApexObjective, "ObjectiveSettings", leave_out=("shift", "loss", "total_steps"))
-"""Every field of :class:`apex_fast.ApexObjective` but the shift, the loss and the number of steps, which the run
-knows."""
+ObjectiveSettings = _section_of(
+    ApexObjective, "ObjectiveSettings", leave_out=("shift", "loss", "total_steps", "guidance_scale")
+)
+"""Every field of :class:`apex_fast.ApexObjective` but the shift, the loss and the number of steps, which the run knows,
+and the guidance, which is the model's own unless the run says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +113,31 @@ class TrainConfig:
 
     pretrained_model_name_or_path: str | None = setting(
         None,
-        help="Folder with the model to tune, or digits_start for the one that ships in the package. null builds a "
-        "new one from 'model'.",
+        help="The model to tune: a folder (a diffusers pipeline, or a finished run of full tuning), a hub id such as "
+        "Qwen/Qwen-Image, or digits_start for the one that ships in the package. null builds a new one from 'model'.",
         group="Model",
+    )
+    family: Literal["sana", "qwen_image", "flux", "z_image", "stable_diffusion_3", "lumina2"] | None = setting(
+        None,
+        help="Family of the model; null reads it from the model. --smoke needs it for a hub id that it does not know.",
+    )
+    revision: str | None = setting(None, help="Branch, tag or commit of a model on the hub.")
+    variant: str | None = setting(None, help="Variant of the weight files, such as fp16.")
+    weight_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32",
+        help="How the weights of the model are stored. bf16 is for LoRA: full tuning would lose small updates in it.",
+    )
+    quantization: Literal["int8", "nf4"] | None = setting(
+        None, help="The frozen base in 8 bits (torchao) or 4 bits (bitsandbytes, GPU only); LoRA only."
+    )
+    max_sequence_length: int | None = setting(
+        None, help="Tokens that prompts are padded or cut to; null is what the model's own pipeline uses."
+    )
+    embedded_guidance_scale: float | None = setting(
+        None, help="Guidance that distilled weights (FLUX.1-dev) take as an input; null is the pipeline's own."
+    )
+    shift_padding: bool = setting(
+        False, help="Whether the shift touches padding tokens, for families that see padding (FLUX, SD3)."
     )
     model: ModelSettings = setting(help="The new network, where no pretrained one is given.", factory=ModelSettings)
     train_text_encoder: bool = setting(
@@ -168,13 +147,40 @@ class TrainConfig:
         False, help="Recompute activations in backward: less memory, about a third more time."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
-        "no", help="Autocast of the network; weights and optimizer stay fp32. fp16 is not implemented yet."
+        "no", help="Autocast of the network; weights and optimizer stay as they are. fp16 is not implemented yet."
     )
-    rank: int | None = setting(None, help="LoRA rank. Not implemented yet: all parameters are tuned.")
-    lora_alpha: float | None = setting(None, help="LoRA alpha. Not implemented yet.")
+    compile: bool = setting(False, help="Compile the repeated blocks of the transformer. The first steps are slow.")
 
-    dataset_name: Literal["digits"] = setting(
-        "digits", help="digits: the scanned digits that scikit-learn ships, with text prompts.", group="Data"
+    rank: int | None = setting(None, help="Rank of the LoRA; null tunes all parameters.", group="LoRA")
+    lora_alpha: float | None = setting(
+        None, help="The LoRA is scaled by lora_alpha / rank; null is rank, a scale of 1."
+    )
+    lora_dropout: float = setting(0.0, help="Dropout on the LoRA's input.")
+    use_rslora: bool = setting(False, help="Scale by lora_alpha / sqrt(rank) instead.")
+    use_dora: bool = setting(False, help="Weight-decomposed LoRA (DoRA): slower; stock tools differ in reading it.")
+    lora_target_modules: list[str] | None = setting(
+        None, help="Ends of the names of the layers that are adapted; null is the family's attention and feed-forward."
+    )
+    lora_dtype: Literal["fp32", "bf16"] = setting("fp32", help="How the LoRA's own weights are stored and trained.")
+    start_lora: str | None = setting(
+        None, help="A LoRA to start from: a .safetensors file, its folder, or the folder of an earlier run."
+    )
+    start_lora_mode: Literal["merge", "frozen", "continue"] = setting(
+        "merge",
+        help="merge: add it to the weights of the model. frozen: keep it as a second adapter, active in every role. "
+        "continue: train it further.",
+    )
+
+    dataset_name: str = setting(
+        DIGITS,
+        help="digits (the scanned digits that scikit-learn ships, with text prompts), or a folder of pictures with "
+        "metadata.jsonl (file_name, text) or a .txt caption beside each.",
+        group="Data",
+    )
+    resolution: int | list[int] | None = setting(
+        None,
+        help="Edge of the square that pictures are resized and cropped to, or [height, width]; null is the size that "
+        "the model was built for.",
     )
     train_batch_size: int = setting(64, help="Samples in one pass.")
     gradient_accumulation_steps: int = setting(1, help="Passes whose gradients are averaged for one optimizer step.")
@@ -204,13 +210,20 @@ class TrainConfig:
         "the paper loss needs it.",
         group="APEX",
     )
-    real_branch: Literal["frozen", "ema", "live"] = setting(
-        "frozen",
-        help="The real branch: a frozen copy of the start, an average of the live network, or the live network.",
+    real_branch: Literal["auto", "frozen", "ema", "live"] = setting(
+        "auto",
+        help="The real branch. frozen: the start, as a copy under full tuning and as the base with its adapter off "
+        "under LoRA. ema: an average of the live network. live: the live network. auto is frozen.",
     )
     real_ema_decay: float = setting(0.98, help="Decay of that average, with real_branch: ema.")
-    negative_prompt: str = setting(
-        "", help="Prompt that the real branch is guided away from, if objective.guidance_scale is not 1."
+    guidance_scale: float | None = setting(
+        None,
+        help="Guidance of the real branch, in the convention of the model's own pipeline; it costs one more pass. null "
+        "guides as that pipeline does for its users, and not at all for a model with a text encoder of its own "
+        "(digits).",
+    )
+    negative_prompt: str | None = setting(
+        None, help="Prompt that the real branch is guided away from; null is the one of the model's own pipeline."
     )
     shift: ShiftSettings = setting(help="the condition shift.", factory=ShiftSettings)
     flow_matching_times: TimeDistribution = setting(
@@ -239,12 +252,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.rank is not None or self.lora_alpha is not None:
-            key = "rank" if self.rank is not None else "lora_alpha"
-            raise SettingsError(
-                f"{key}: LoRA is not implemented yet, so {key} would have no effect; leave it out to tune all "
-                "parameters"
-            )
+        self._check_weights()
         for name in (
             "max_train_steps",
             "train_batch_size",
@@ -281,6 +289,21 @@ class TrainConfig:
                     "the real branch see no "
                     "fixed condition. Leave it out"
                 )
+        if self.loss != "correction" and self.guidance_scale not in (None, 1.0):
+            raise SettingsError(f"guidance_scale: the {self.loss} loss has no real branch to guide; leave it out")
+        if self.dataset_name == DIGITS and self.resolution is not None:
+            raise SettingsError(
+                "resolution: the scanned digits have 8 x 8 pixels; leave it out, or name a folder of pictures"
+            )
+        if self.resolution is not None:
+            edges = [self.resolution] if isinstance(self.resolution, int) else self.resolution
+            if isinstance(self.resolution, list) and len(edges) != 2 or min(edges, default=0) < 1:
+                raise SettingsError(f"resolution must be one edge in pixels or [height, width], got {self.resolution}")
+        if self.validation_metrics and self.dataset_name != DIGITS:
+            raise SettingsError(
+                f"validation_metrics scores digits, and dataset_name is {self.dataset_name}; write validation_prompts "
+                "and look at the pictures"
+            )
         if self.mixed_precision == "fp16":
             raise SettingsError(
                 "mixed_precision: fp16 is not implemented (it needs loss scaling, and no CPU runs it); write bf16 or no"
@@ -297,6 +320,13 @@ class TrainConfig:
                     ApexObjective(ConditionShift(), loss=self.loss, **vars(self.objective))
                 except ValueError as error:
                     raise SettingsError(f"objective: {error}") from None
+            asked = self.loss == "correction" and self.objective.correction_weight > 0
+            if asked and self.real_branch == "live" and self.objective.supervised_weight == 0:
+                raise SettingsError(
+                    "real_branch: live needs objective.supervised_weight above 0: nothing else holds the live network "
+                    "to the data, and it would follow its own samples. Write real_branch: frozen or ema, or give "
+                    "L_sup weight"
+                )
             if self.loss == "paper" and self.schedule == "sequential" and not self.objective.detach_x_fake:
                 raise SettingsError(
                     "schedule: sequential cannot serve loss: paper, whose L_fake has a gradient into the generator; "
@@ -307,6 +337,74 @@ class TrainConfig:
                 "validation_steps is set but there is nothing to validate: write validation_prompts or "
                 "validation_metrics: true"
             )
+
+    def _check_weights(self) -> None:
+        """What is trained, and how it is stored."""
+        if self.rank is None:
+            full = "all parameters are tuned (rank: null)"
+            for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target_modules", "lora_dtype"):
+                if getattr(self, name) not in (None, 0.0, False, "fp32"):
+                    raise SettingsError(
+                        f"{name} belongs to LoRA, and {full}; write rank, e.g. rank: 64, or leave it out"
+                    )
+            if self.quantization is not None:
+                raise SettingsError(
+                    f"quantization: {self.quantization}: quantised weights cannot be trained, and {full}; write rank, "
+                    "e.g. rank: 64, or leave quantization out"
+                )
+            if self.weight_dtype == "bf16":
+                raise SettingsError(
+                    f"weight_dtype: bf16 is for LoRA, and {full}: bf16 has 8 bits of precision, so most updates of "
+                    "AdamW would be rounded away. Write weight_dtype: fp32 with mixed_precision: bf16, or rank "
+                    "for a LoRA"
+                )
+            if self.start_lora is not None and self.start_lora_mode != "merge":
+                raise SettingsError(
+                    f"start_lora_mode: {self.start_lora_mode} needs a LoRA to train, and {full}; write "
+                    "start_lora_mode: merge, or rank"
+                )
+        else:
+            _at_least("rank", self.rank, 1)
+            if self.pretrained_model_name_or_path is None:
+                raise SettingsError("rank: a LoRA adapts a pretrained model; set pretrained_model_name_or_path")
+            if self.train_text_encoder:
+                raise SettingsError("train_text_encoder: a LoRA adapts the transformer alone; leave it or rank out")
+            if self.lora_alpha is not None and not self.lora_alpha > 0:
+                raise SettingsError(f"lora_alpha must be above 0 (null is rank), got {self.lora_alpha}")
+            if not 0.0 <= self.lora_dropout < 1.0:
+                raise SettingsError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
+            one_dtype = self.lora_dtype == self.weight_dtype or self.mixed_precision == "bf16"
+            if self.use_dora and self.lora_dropout > 0 and not one_dtype:
+                raise SettingsError(
+                    f"use_dora with lora_dropout needs lora_dtype ({self.lora_dtype}) to be weight_dtype "
+                    f"({self.weight_dtype}), or mixed_precision: bf16: peft multiplies the two with each other there"
+                )
+            if self.lora_target_modules == []:
+                raise SettingsError("lora_target_modules is empty; name layers, or write null for the family's")
+            if self.quantization is not None and self.start_lora is not None and self.start_lora_mode == "merge":
+                raise SettingsError(
+                    "start_lora_mode: merge cannot add a LoRA to quantised weights without rounding it; write "
+                    "start_lora_mode: frozen, or leave quantization out"
+                )
+
+    @property
+    def mode(self) -> Literal["full", "lora"]:
+        """What is trained: all parameters, or a LoRA."""
+        return "full" if self.rank is None else "lora"
+
+    @property
+    def real_branch_in_use(self) -> Literal["frozen", "ema", "live"]:
+        """``real_branch`` with "auto" resolved; live, which holds no copy, where the loss has no real branch."""
+        if self.loss != "correction" or self.objective.correction_weight == 0:
+            return "live"
+        return REAL_BRANCH[self.mode] if self.real_branch == "auto" else self.real_branch  # type: ignore[return-value]
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of ``resolution``, or None."""
+        if self.resolution is None or isinstance(self.resolution, int):
+            return None if self.resolution is None else (self.resolution, self.resolution)
+        return self.resolution[0], self.resolution[1]
 
     @property
     def schedule_in_use(self) -> str:

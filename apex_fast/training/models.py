@@ -1,31 +1,44 @@
-"""Backbones by name or folder, for training and for generating from what training left behind."""
+"""Backbones by name, folder or hub id, for training and for generating from what training left behind."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apex_fast.backbones.sana import SanaBackbone
+from apex_fast.backbones.base import Backbone
 from apex_fast.extras import require
-from apex_fast.training.checkpoint import CheckpointError, checkpoints, damage, load_state, replaced
-from apex_fast.training.config import DIGITS_START, TrainConfig
+from apex_fast.training.checkpoint import CheckpointError, load_state, replaced
+from apex_fast.training.config import DIGITS_START
+from apex_fast.training.results import INDEX, MODEL_FOLDER, TRANSFORMER, Found, Record, find_result, load_weights
 from apex_fast.training.settings import SettingsError
 
-MODEL_FOLDER = "model"
-"""Folder of the finished model inside a run, and of the weights inside a checkpoint."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-_INDEX = "model_index.json"
+
+def pretrained_source(name_or_path: str) -> Path | str:
+    """The folder of a pretrained model, or a hub id as it is. FileNotFoundError says what was looked for."""
+    return name_or_path if is_hub_id(name_or_path) else pretrained_folder(name_or_path)
+
+
+def is_hub_id(name_or_path: str) -> bool:
+    """Whether this is owner/name of a model on the hub, and no folder here."""
+    owner, slash, name = name_or_path.partition("/")
+    if not owner or not name or "/" in name or owner in (".", "..", "~"):
+        return False
+    return not Path(name_or_path).is_dir() and replaced(Path(name_or_path) / MODEL_FOLDER) is None
 
 
 def pretrained_folder(name_or_path: str) -> Path:
-    """The folder of a pretrained model; ``digits_start`` is the one that ships. FileNotFoundError says what was looked
-    for."""
+    """The folder of a pretrained model here; ``digits_start`` is the one that ships, a run means its ``model/``.
+
+    FileNotFoundError says what was looked for; SettingsError for a LoRA.
+    """
     if name_or_path == DIGITS_START:
         folder = Path(__file__).resolve().parent.parent / "assets" / DIGITS_START
         if not folder.is_dir():
@@ -35,99 +48,169 @@ def pretrained_folder(name_or_path: str) -> Path:
             )
         return folder
     folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / _INDEX).is_file() and (folder / MODEL_FOLDER / _INDEX).is_file():
-        return folder / MODEL_FOLDER
-    if not (folder / _INDEX).is_file():
-        if (old := replaced(folder / MODEL_FOLDER)) is not None:
-            return old
-        raise FileNotFoundError(
-            f"pretrained_model_name_or_path: {name_or_path} holds no model ({_INDEX} is missing); write a folder "
-            "made by "
-            f"save_pretrained or by a finished run, or {DIGITS_START}"
-        )
-    return folder
-
-
-def _no_bars() -> None:
-    # transformers draws a progress bar for every file it reads or writes, across the bar of the run.
-    require("transformers", extra="train").utils.logging.disable_progress_bar()
-
-
-def _load(folder: Path) -> SanaBackbone:
-    _no_bars()
-    return SanaBackbone.from_pretrained(folder)
-
-
-def backbone_for(config: TrainConfig, prompts: list[str]) -> SanaBackbone:
-    """The network of a run, in training mode, with gradients where the run trains: the pretrained one, or a new one
-    from ``config.model``."""
-    if config.pretrained_model_name_or_path is not None:
-        backbone = _load(pretrained_folder(config.pretrained_model_name_or_path))
-    else:
-        _no_bars()
-        model = config.model
-        backbone = SanaBackbone.from_config(
-            model.transformer,
-            model.text_encoder,
-            prompts,
-            vocab_size=model.vocab_size,
-            max_sequence_length=model.max_sequence_length,
-            seed=config.seed,
-        )
-    backbone.transformer.requires_grad_(True).train()
-    backbone.text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
-    if config.gradient_checkpointing:
-        backbone.transformer.enable_gradient_checkpointing()
-    return backbone
-
-
-def load_generator(run: str | Path) -> tuple[SanaBackbone, str]:
-    """The network to generate with, in eval mode, and a phrase that says which it is.
-
-    run: a run that has finished (its ``model/``, which a resumed run replaces when it ends), one that has not (its
-    newest checkpoint; also if it was killed at the moment between taking the old ``model/`` away and putting the new
-    one there), a checkpoint folder (its averaged weights), a saved model folder, or ``digits_start``.
-
-    Raises:
-        FileNotFoundError: nothing of the kind is there; the message says what was looked for.
-        CheckpointError: a damaged checkpoint.
-    """
-    folder = Path(run)
-    if str(run) == DIGITS_START and not folder.exists():
-        return _load(pretrained_folder(DIGITS_START)).eval(), "the start that ships"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{run}: no such folder; write the folder of a run (such as runs/demo), of a checkpoint or of a saved model"
-        )
-    if (folder / _INDEX).is_file():
-        return _load(folder).eval(), f"the model in {folder}"
-    if folder.name.startswith("checkpoint-"):
-        return _from_checkpoint(folder)
-    if (folder / MODEL_FOLDER / _INDEX).is_file():
-        return _load(folder / MODEL_FOLDER).eval(), f"the finished model of {folder}"
-    found = checkpoints(folder)
-    if found:
-        return _from_checkpoint(found[-1])
+    for place in (folder, folder / MODEL_FOLDER):
+        if any((place / name).is_file() for name in (INDEX, "config.json") if place.is_dir()):
+            return place
+        if (record := Record.read(place)) is not None:
+            if record.mode == "lora":
+                raise SettingsError(
+                    f"pretrained_model_name_or_path: {place} holds a LoRA; write the model that it adapts "
+                    f"(pretrained_model_name_or_path: {record.base}) and start_lora: {place}"
+                )
+            return place
     if (old := replaced(folder / MODEL_FOLDER)) is not None:
-        return _load(old).eval(), f"the finished model of {folder}"
+        return old
     raise FileNotFoundError(
-        f"{run} holds neither a finished model ({MODEL_FOLDER}/{_INDEX}) nor a complete checkpoint; has `apex-fast "
-        "train` or `apex-fast demo` run there?"
+        f"pretrained_model_name_or_path: {name_or_path} holds no model ({INDEX} is missing); write a folder made by "
+        f"save_pretrained or by a finished run, a hub id (owner/name), or {DIGITS_START}"
     )
 
 
-def _from_checkpoint(folder: Path) -> tuple[SanaBackbone, str]:
-    if (problem := damage(folder)) is not None:
-        raise CheckpointError(f"{folder} is not a complete checkpoint: {problem}")
-    backbone = _load(folder / MODEL_FOLDER).eval()
-    average = load_state(folder, "ema")
+def quiet_libraries() -> None:
+    """Turns off the progress bars that transformers and diffusers draw for every file, across the bar of the run."""
+    require("transformers", extra="train").utils.logging.disable_progress_bar()
+    require("diffusers", extra="train").utils.logging.disable_progress_bar()
+
+
+def load_pretrained(
+    source: Path | str,
+    *,
+    weight_dtype: str = "fp32",
+    quantization: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    **options: Any,
+) -> Backbone:
+    """The model in ``source``, a folder or a hub id; options as :func:`apex_fast.backbones.loading.from_pretrained`.
+
+    A finished run of full tuning is the model that it started from with the tuned transformer in it.
+
+    Raises:
+        SettingsError: a model that is not supported, or options that do not fit it.
+        FileNotFoundError: as ``from_pretrained``.
+    """
+    quiet_libraries()
+    if isinstance(source, Path) and not (source / INDEX).is_file() and (record := Record.read(source)) is not None:
+        given = {name: value for name, value in options.items() if value is not None}
+        backbone = load_pretrained(
+            pretrained_source(record.base),
+            weight_dtype=weight_dtype,
+            quantization=quantization,
+            revision=record.revision,
+            variant=record.variant,
+            **{**_options(record), **given},
+        )
+        load_weights(backbone.transformer, source / TRANSFORMER)
+        return backbone
+    try:
+        return Backbone.from_pretrained(
+            source,
+            torch_dtype=DTYPES[weight_dtype],
+            quantization_config=quantization,
+            revision=revision,
+            variant=variant,
+            **options,
+        )
+    except ValueError as error:
+        raise SettingsError(f"pretrained_model_name_or_path: {error}") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        # How diffusers and transformers say that the hub does not have a file, or cannot be asked.
+        raise FileNotFoundError(f"pretrained_model_name_or_path: {source} cannot be loaded: {error}") from error
+
+
+def _options(record: Record) -> dict[str, Any]:
+    return {
+        "max_sequence_length": record.max_sequence_length,
+        "embedded_guidance": record.embedded_guidance,
+        "shift_padding": record.shift_padding,
+    }
+
+
+def start_lora_file(path: str) -> Path:
+    """The file of ``start_lora``: itself, in its folder, or in the ``model/`` of a run. FileNotFoundError."""
+    from apex_fast.lora import WEIGHTS
+
+    places = (Path(path), Path(path) / WEIGHTS, Path(path) / MODEL_FOLDER / WEIGHTS)
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"start_lora: {path} is no LoRA; expected a .safetensors file or a folder with {WEIGHTS}"
+        )
+    return found
+
+
+# ---- what a run left
+
+
+def load_generator(run: str | Path, *, base: str | None = None) -> tuple[Backbone, str]:
+    """The network to generate with, in eval mode, and a phrase that says which it is.
+
+    Args:
+        run: see :func:`apex_fast.training.results.find_result`; also ``digits_start``.
+        base: where the model that the run started from is now, if it was moved.
+
+    Raises:
+        FileNotFoundError: nothing of the kind is there, or the model that the run started from is gone.
+        CheckpointError: a damaged checkpoint.
+    """
+    if str(run) == DIGITS_START and not Path(run).exists():
+        return load_pretrained(pretrained_source(DIGITS_START)).eval(), "the start that ships"
+    return load_found(find_result(run), base=base)
+
+
+def load_found(found: Found, *, base: str | None = None) -> tuple[Backbone, str]:
+    """:func:`load_generator` for what :func:`apex_fast.training.results.find_result` found."""
+    record = None if (found.folder / INDEX).is_file() else Record.read(found.folder)
+    if record is None:
+        backbone = load_pretrained(found.folder)
+    else:
+        backbone = _load_recorded(found.folder, record, base)
+    backbone.eval()
+    if found.checkpoint is None:
+        return backbone, found.phrase
+    average = load_state(found.checkpoint, "ema")
     if average is None:
-        return backbone, f"the weights of {folder}"
+        return backbone, f"the weights of {found.checkpoint}"
     parameters = dict(backbone.named_parameters())
+    unknown = sorted(average["average"].keys() - parameters.keys())
+    if unknown:
+        raise CheckpointError(f"{found.checkpoint} has averages of other parameters than its model: {unknown[:3]}")
     with torch.no_grad():
         for name, value in average["average"].items():
             parameters[name].copy_(value)
-    return backbone, f"the averaged weights of {folder}"
+    return backbone, found.phrase
+
+
+def _load_recorded(folder: Path, record: Record, base: str | None) -> Backbone:
+    try:
+        source = pretrained_source(base or record.base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} holds what was trained on {record.base}, and that model is not there any more; say where it is "
+            "with --base"
+        ) from error
+    backbone = load_pretrained(
+        source,
+        weight_dtype=record.weight_dtype,
+        quantization=record.quantization,
+        revision=record.revision,
+        variant=record.variant,
+        **_options(record),
+    )
+    if record.mode == "full":
+        load_weights(backbone.transformer, folder / TRANSFORMER)
+        return backbone
+    from apex_fast.lora import load_lora, load_start_lora
+
+    if record.start_lora is not None and record.start_lora_mode != "continue":
+        load_start_lora(backbone, start_lora_file(record.start_lora), record.start_lora_mode)
+    load_lora(backbone, folder)
+    return backbone
+
+
+# ---- devices, identity, precision
 
 
 def device_of(name: str) -> torch.device:
@@ -146,11 +229,33 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers with their names, to tell later whether a folder still holds the same
-    model."""
-    digest = hashlib.sha256()
-    state: Mapping[str, Tensor] = module.state_dict()
+SAMPLED_TENSORS, SAMPLED_VALUES = 16, 1 << 16
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """SHA-256 that tells later whether a folder still holds the same model.
+
+    Of a model with a text encoder of its own: all parameters and buffers with their names. Of a pipeline, whose
+    transformer may have twenty billion parameters: the configuration, every name, shape and dtype, and the first values
+    of sixteen tensors spread over the network, so an exchange of the model is noticed and a change of single weights
+    may not be.
+    """
+    if backbone.text is not None:
+        return _digest(backbone.state_dict())
+    transformer = backbone.transformer
+    plain = {name: p for name, p in transformer.named_parameters() if type(p) is nn.Parameter and not p.is_meta}
+    names = sorted(plain)
+    chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)]
+    facts = {name: [str(p.dtype), list(p.shape)] for name, p in sorted(transformer.named_parameters())}
+    config = {key: value for key, value in sorted(transformer.config.items()) if not key.startswith("_")}
+    heads = {name: plain[name].detach().reshape(-1)[:SAMPLED_VALUES] for name in chosen}
+    return _digest(heads, json.dumps([config, facts], sort_keys=True, default=str))
+
+
+def _digest(state: Mapping[str, Tensor], prefix: str = "") -> str:
+    digest = hashlib.sha256(prefix.encode())
+    # Under the names that checkpoints of earlier versions were made with.
+    state = {name.removeprefix("text."): value for name, value in state.items()}
     for name in sorted(state):
         digest.update(name.encode())
         tensor = state[name].detach().to("cpu").contiguous()
@@ -159,10 +264,16 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Autocast(nn.Module):
     """A velocity module that runs under autocast: weights stay as they are, the network computes in ``dtype``."""
 
-    def __init__(self, module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module | Callable[..., Tensor], device_type: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.module, self._device_type, self._dtype = module, device_type, dtype
 

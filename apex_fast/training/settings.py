@@ -284,11 +284,12 @@ def as_mapping(settings: Any) -> dict[str, Any]:
 def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "", *, leave_out: Sequence[str] = ()
 ) -> list[str]:
-    """Where two nested mappings differ, as "key old -> new"."""
+    """Where two nested mappings differ, as "key old -> new"; keys that ``before`` did not have yet are no
+    difference."""
     found: list[str] = []
     for key, value in after.items():
         old, name = before.get(key), f"{prefix}{key}"
-        if name in leave_out or old == value:
+        if name in leave_out or old == value or key not in before:
             continue
         if isinstance(value, dict) and isinstance(old, dict):
             found += differences(old, value, f"{name}.")
@@ -389,6 +390,8 @@ def _flag_value(kind: Any, texts: list[str], name: str) -> Any:
     if origins & {list, tuple, Sequence}:
         if len(texts) == 1 and (texts[0].strip().startswith("[") or texts[0].strip() in ("null", "none")):
             return parse_yaml(texts[0].replace("none", "null"), source=f"--{name}")
+        if len(texts) == 1 and int in options and texts[0].isdigit():
+            return int(texts[0])
         inner = next(o for o in options if get_origin(o) in (list, tuple, Sequence))
         element = (get_args(inner) or (Any,))[0]
         return [_flag_value(element, [t], name) for t in texts]

@@ -1,0 +1,210 @@
+"""What a run leaves of its model: only what was trained, and beside it a record of everything else that belongs to it.
+
+``apex_fast.json`` names the model that the run started from. A LoRA is ``pytorch_lora_weights.safetensors``, as the
+stock pipeline's ``load_lora_weights`` reads it; a fully tuned network is ``transformer/``, as diffusers'
+``from_pretrained`` reads it. A model with a text encoder of its own is saved whole and needs no record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from apex_fast.extras import require
+from apex_fast.training.checkpoint import CheckpointError, checkpoints, damage, replaced
+
+if TYPE_CHECKING:
+    from apex_fast.backbones.base import Backbone
+
+MODEL_FOLDER = "model"
+"""Folder of the finished model inside a run, and of the weights inside a checkpoint."""
+
+RECORD = "apex_fast.json"
+INDEX = "model_index.json"
+TRANSFORMER = "transformer"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What belongs to the trained weights beside it.
+
+    Attributes:
+        family, mode: of the model, and what of it was trained.
+        base: folder or hub id of the model that the run started from; ``revision`` and ``variant`` go with it.
+        weight_dtype, quantization: how the base was stored in training.
+        lora: rank, alpha and kind of the LoRA; None under full tuning.
+        start_lora, start_lora_mode: the LoRA that the run started from, which is still needed unless it was continued.
+        max_sequence_length, embedded_guidance, shift_padding: of the backbone.
+        resolution: [height, width] in pixels.
+    """
+
+    family: str
+    mode: Literal["full", "lora"]
+    base: str
+    revision: str | None = None
+    variant: str | None = None
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    quantization: str | None = None
+    lora: dict[str, Any] | None = None
+    start_lora: str | None = None
+    start_lora_mode: Literal["merge", "frozen", "continue"] = "merge"
+    max_sequence_length: int | None = None
+    embedded_guidance: float | None = None
+    shift_padding: bool = False
+    resolution: list[int] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Writes ``apex_fast.json`` into ``folder``."""
+        (folder / RECORD).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Record | None:
+        """The record in ``folder``, or None. CheckpointError for one that cannot be understood."""
+        path = folder / RECORD
+        if not path.is_file():
+            return None
+        try:
+            return Record(**json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise CheckpointError(f"{path} was written by another version or is damaged: {error}") from error
+
+
+# ---- writing and reading what was trained
+
+
+def save_trained(backbone: Backbone, folder: Path, record: Record) -> None:
+    """Writes what ``record.mode`` trains of ``backbone`` into ``folder``, bit for bit, and the record where the weights
+    are not a whole model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if record.mode == "lora":
+        from apex_fast.lora import save_lora
+
+        save_lora(backbone, folder)
+    elif backbone.text is not None:
+        backbone.save_pretrained(folder)
+        return
+    else:
+        backbone.transformer.save_pretrained(folder / TRANSFORMER, safe_serialization=True)
+    record.write(folder)
+
+
+def load_trained(backbone: Backbone, folder: Path, mode: Literal["full", "lora"]) -> None:
+    """Copies what :func:`save_trained` wrote into ``backbone``, which has the same parts already.
+
+    Raises:
+        CheckpointError: a file is missing, or its names or shapes differ.
+    """
+    if mode == "lora":
+        _load_adapter(backbone.transformer, folder)
+        return
+    load_weights(backbone.transformer, folder / TRANSFORMER)
+    if backbone.text is not None:
+        load_weights(backbone.text.text_encoder, folder / "text_encoder")
+
+
+def _load_adapter(transformer: nn.Module, folder: Path) -> None:
+    from apex_fast.lora import GENERATOR, WEIGHTS
+
+    peft = require("peft", extra="train")
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}; was the run one of full tuning?")
+    state = {name.removeprefix("transformer."): value for name, value in load_file(str(file)).items()}
+    own = peft.get_peft_model_state_dict(transformer, adapter_name=GENERATOR)
+    _compare(file, {name: own[name].shape for name in own}, {name: state[name].shape for name in state})
+    peft.set_peft_model_state_dict(transformer, state, adapter_name=GENERATOR)
+
+
+def load_weights(target: nn.Module, folder: Path) -> None:
+    """Copies the weights in the safetensors files of ``folder`` into ``target``, names matched exactly.
+
+    Raises:
+        CheckpointError: there is no such file, or names or shapes differ.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no .safetensors file")
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state.update(load_file(str(file)))
+    own = target.state_dict(keep_vars=True)
+    # One memory under two names (tied embeddings) is written once.
+    saved = {own[name].data_ptr() for name in state if name in own}
+    needed = {name: v.shape for name, v in own.items() if name in state or v.data_ptr() not in saved}
+    _compare(folder, needed, {name: value.shape for name, value in state.items()})
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def _compare(place: Path, own: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    missing, unknown = [n for n in own if n not in found], [n for n in found if n not in own]
+    wrong = [n for n in found if n in own and own[n] != found[n]]
+    if missing or unknown or wrong:
+        raise CheckpointError(
+            f"{place} is of another network: missing {missing[:3]}, unknown {unknown[:3]}, of another shape {wrong[:3]}"
+        )
+
+
+# ---- finding
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the model of a run lies: ``folder`` with a whole model or with trained weights and their record, what it
+    is in words, and the checkpoint whose averaged weights are wanted, if any."""
+
+    folder: Path
+    phrase: str
+    checkpoint: Path | None = None
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether ``folder`` itself is a model: whole, or trained weights with their record."""
+    return any((folder / name).is_file() for name in (INDEX, RECORD))
+
+
+def find_result(run: str | Path) -> Found:
+    """What there is to generate with.
+
+    run: a run that has finished (its ``model/``, which a resumed run replaces when it ends), one that has not (its
+    newest checkpoint; also if it was killed at the moment between taking the old ``model/`` away and putting the new
+    one there), a checkpoint folder, or a saved model folder.
+
+    Raises:
+        FileNotFoundError: nothing of the kind is there; the message says what was looked for.
+        CheckpointError: a damaged checkpoint.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{run}: no such folder; write the folder of a run (such as runs/demo), of a checkpoint or of a saved model"
+        )
+    if holds_model(folder):
+        return Found(folder, f"the model in {folder}")
+    if folder.name.startswith("checkpoint-"):
+        return _checkpoint(folder)
+    if holds_model(folder / MODEL_FOLDER):
+        return Found(folder / MODEL_FOLDER, f"the finished model of {folder}")
+    found = checkpoints(folder)
+    if found:
+        return _checkpoint(found[-1])
+    if (old := replaced(folder / MODEL_FOLDER)) is not None:
+        return Found(old, f"the finished model of {folder}")
+    raise FileNotFoundError(
+        f"{run} holds neither a finished model ({MODEL_FOLDER}/{INDEX} or {MODEL_FOLDER}/{RECORD}) nor a complete "
+        "checkpoint; has `apex-fast train` or `apex-fast demo` run there?"
+    )
+
+
+def _checkpoint(folder: Path) -> Found:
+    if (problem := damage(folder)) is not None:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {problem}")
+    return Found(folder / MODEL_FOLDER, f"the averaged weights of {folder}", folder)

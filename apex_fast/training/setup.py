@@ -1,0 +1,266 @@
+"""What a run is made of, from its config: the model with what is trained of it, the objective, the three roles."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from apex_fast.backbones.base import Backbone
+from apex_fast.condition import Condition
+from apex_fast.objective import ApexObjective
+from apex_fast.passes import paper_passes, step_passes
+from apex_fast.shift import ConditionShift
+from apex_fast.training.config import DIGITS_START, TrainConfig
+from apex_fast.training.flow_matching import FlowMatching
+from apex_fast.training.guidance import RealGuidance
+from apex_fast.training.models import Autocast, load_pretrained, pretrained_source, quiet_libraries, start_lora_file
+from apex_fast.training.results import Record
+from apex_fast.training.settings import SettingsError
+from apex_fast.velocities import Velocities
+
+FROZEN_WITHOUT_DATA = (
+    "real_branch: frozen with objective.supervised_weight: 0: nothing keeps the trained network to the data, and in "
+    "small models this ruined sampling in 2 to 50 steps; give L_sup weight unless you want one step alone"
+)
+
+
+# ---- the model
+
+
+def load_backbone(config: TrainConfig, prompts: Iterable[str]) -> Backbone:
+    """The model of a run on the CPU: the pretrained one, or a new one from ``config.model`` whose tokenizer is trained
+    on ``prompts``.
+
+    Raises:
+        FileNotFoundError, SettingsError: there is no such model, it is not supported, or keys do not fit it.
+    """
+    if config.pretrained_model_name_or_path is None:
+        from apex_fast.backbones.sana import SanaBackbone
+
+        quiet_libraries()
+        model = config.model
+        return SanaBackbone.from_config(
+            model.transformer,
+            model.text_encoder,
+            prompts,
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_sequence_length,
+            seed=config.seed,
+        )
+    backbone = load_pretrained(
+        pretrained_source(config.pretrained_model_name_or_path),
+        weight_dtype=config.weight_dtype,
+        quantization=config.quantization,
+        revision=config.revision,
+        variant=config.variant,
+        max_sequence_length=config.max_sequence_length,
+        embedded_guidance=config.embedded_guidance_scale,
+        shift_padding=config.shift_padding,
+    )
+    if config.family not in (None, backbone.family):
+        raise SettingsError(
+            f"family: {config.family}, but {config.pretrained_model_name_or_path} is a {backbone.family} model; write "
+            f"family: {backbone.family}, or leave it out"
+        )
+    if backbone.text is not None and config.max_sequence_length not in (None, backbone.text.max_sequence_length):
+        raise SettingsError(
+            f"max_sequence_length: {config.max_sequence_length}: the model has a text encoder of its own, which was "
+            f"made for {backbone.text.max_sequence_length}; leave it out"
+        )
+    return backbone
+
+
+def make_trainable(config: TrainConfig, backbone: Backbone) -> None:
+    """Gives gradients to what the run trains, all of the transformer or a LoRA, and sets the modes of the network.
+
+    Raises:
+        FileNotFoundError, SettingsError: a LoRA to start from that is not there or does not fit, or LoRA settings that
+        do not fit the network.
+    """
+    transformer = backbone.transformer
+    if config.mode == "full":
+        if config.start_lora is not None:
+            _start_from_lora(config, backbone)
+        transformer.requires_grad_(True)
+        for name in backbone.parameters_without_gradient():
+            transformer.get_parameter(name).requires_grad_(False)
+    else:
+        _add_lora(config, backbone)
+    transformer.train()
+    if backbone.text is not None:
+        trained = config.train_text_encoder
+        backbone.text.text_encoder.requires_grad_(trained).train(trained)
+    if config.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+
+
+def _start_from_lora(config: TrainConfig, backbone: Backbone) -> None:
+    from apex_fast.lora import load_start_lora
+
+    assert config.start_lora is not None
+    try:
+        load_start_lora(backbone, start_lora_file(config.start_lora), config.start_lora_mode)
+    except ValueError as error:
+        raise SettingsError(f"start_lora: {error}") from error
+
+
+def _add_lora(config: TrainConfig, backbone: Backbone) -> None:
+    from apex_fast.lora import GENERATOR, LoraSettings, add_lora
+
+    if config.start_lora is not None:
+        _start_from_lora(config, backbone)
+        if config.start_lora_mode == "continue":
+            rank = backbone.transformer.peft_config[GENERATOR].r
+            if rank != config.rank:
+                raise SettingsError(
+                    f"rank: {config.rank}, but {config.start_lora} has rank {rank}, and start_lora_mode: continue "
+                    f"trains that one; write rank: {rank}"
+                )
+            return
+    targets = None if config.lora_target_modules is None else tuple(config.lora_target_modules)
+    try:
+        settings = LoraSettings(
+            rank=config.rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            target_modules=targets,
+            dtype=config.lora_dtype,
+        )
+        add_lora(backbone, settings, seed=config.seed)
+    except ValueError as error:
+        raise SettingsError(f"rank: {error}") from error
+
+
+def record_of(config: TrainConfig, backbone: Backbone, size: tuple[int, int]) -> Record:
+    """What has to be known beside the trained weights; ``size`` in pixels."""
+    base = config.pretrained_model_name_or_path or ""
+    if base != DIGITS_START and Path(base).exists():
+        base = str(Path(base).resolve())
+    lora = None
+    if config.mode == "lora":
+        peft_config = backbone.transformer.peft_config["default"]
+        lora = {
+            "rank": peft_config.r,
+            "alpha": peft_config.lora_alpha,
+            "use_rslora": bool(peft_config.use_rslora),
+            "use_dora": bool(peft_config.use_dora),
+            "target_modules": sorted(peft_config.target_modules),
+        }
+    start = None if config.start_lora is None else str(start_lora_file(config.start_lora).resolve())
+    return Record(
+        family=backbone.family,
+        mode=config.mode,
+        base=base,
+        revision=config.revision,
+        variant=config.variant,
+        weight_dtype=config.weight_dtype,
+        quantization=config.quantization,
+        lora=lora,
+        start_lora=start,
+        start_lora_mode=config.start_lora_mode,
+        max_sequence_length=config.max_sequence_length,
+        embedded_guidance=config.embedded_guidance_scale,
+        shift_padding=config.shift_padding,
+        resolution=list(size),
+    )
+
+
+# ---- objective and roles
+
+
+def make_objective(
+    config: TrainConfig, backbone: Backbone, guidance: RealGuidance | None, example: Condition | None
+) -> tuple[ApexObjective | FlowMatching, list[str]]:
+    """The loss of a run, and what it warns about.
+
+    example: a condition of the model, for the width of its pooled embeddings; None if it has none.
+    """
+    if config.loss == "flow_matching":
+        return FlowMatching(config.flow_matching_times), []
+    shift = vars(config.shift).copy()
+    if config.shift.mode == "diagonal":
+        shift["dim"] = backbone.text_width
+        pooled = None if example is None else example.pooled_prompt_embeds
+        if pooled is not None and config.shift.shift_pooled:
+            shift["pooled_dim"] = pooled.shape[-1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        objective = ApexObjective(
+            ConditionShift(**shift),
+            loss=config.loss,
+            total_steps=config.max_train_steps,
+            guidance_scale=1.0 if guidance is None else guidance.objective_scale,
+            **vars(config.objective),
+        )
+    notes = [str(w.message) for w in caught]
+    if config.loss == "correction" and config.real_branch_in_use == "frozen" and objective.supervised_weight == 0:
+        notes.append(FROZEN_WITHOUT_DATA)
+    return objective, notes
+
+
+def make_velocities(
+    config: TrainConfig, backbone: Backbone, device: torch.device, guidance: RealGuidance | None
+) -> Velocities:
+    """The three roles of the network, the real one guided as ``guidance`` says."""
+    network: nn.Module = backbone
+    if config.mixed_precision == "bf16":
+        network = Autocast(backbone, device.type, torch.bfloat16)
+    real = config.real_branch_in_use
+    if config.mode == "full":
+        velocities = Velocities.from_module(network, real=real, ema_decay=config.real_ema_decay)
+    else:
+        from apex_fast.lora import lora_velocities
+
+        velocities = lora_velocities(backbone, real, ema_decay=config.real_ema_decay, call=network)
+    if guidance is not None:
+        velocities.guide = guidance.guide
+    return velocities
+
+
+def compile_blocks(backbone: Backbone, velocities: Velocities) -> None:
+    """Compiles the repeated blocks of the network and of a real branch that is a copy of it (a copy is not compiled by
+    compiling its source)."""
+    real = velocities.real.module if isinstance(velocities.real, Autocast) else velocities.real
+    for network in (backbone, real):
+        if isinstance(network, Backbone):
+            # Not diffusers' compile_repeated_blocks, which not every family names its blocks for.
+            for part in network.transformer.children():
+                for block in part if isinstance(part, nn.ModuleList) else ():
+                    block.compile()
+
+
+def cost_of_a_step(config: TrainConfig, guidance: RealGuidance | None) -> str:
+    """The real branch and what a step costs, in words; "" for flow matching."""
+    objective, checkpointing = config.objective, config.gradient_checkpointing
+    if config.loss == "flow_matching":
+        return ""
+    if config.loss == "paper":
+        passes = paper_passes(
+            fake=objective.paper_fake_weight > 0,
+            mix=objective.paper_mix_weight > 0,
+            mixes_shifted=objective.mix_weight > 0,
+            detached=objective.detach_x_fake,
+            checkpointing=checkpointing,
+        )
+        return f"a step is {passes}, F being one forward of the batch"
+    passes = step_passes(
+        config.schedule_in_use,  # type: ignore[arg-type]
+        correction=objective.correction_weight > 0,
+        supervised=objective.supervised_weight > 0,
+        fake=objective.fake_weight > 0,
+        guided=guidance is not None,
+        checkpointing=checkpointing,
+    )
+    guided = "not guided"
+    if guidance is not None:
+        guided = f'guided by {guidance.scale:g} away from "{guidance.negative_prompt}", which is one of the passes'
+    return (
+        f"real branch: {config.real_branch_in_use}, {guided}; schedule {config.schedule_in_use}: a step is {passes}, F "
+        "being one forward of the batch"
+    )

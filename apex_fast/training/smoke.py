@@ -1,0 +1,185 @@
+"""``apex-fast train CONFIG --smoke``: the same config on a tiny random model of its family, start to picture.
+
+It shows in a minute and without a download whether keys, schedule, LoRA, checkpoint, resume and sampling work together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from apex_fast.backbones.loading import family_of
+from apex_fast.data.folder import METADATA, PictureFolder
+from apex_fast.extras import require
+from apex_fast.planning.published import PUBLISHED
+from apex_fast.training.config import DIGITS, DIGITS_START, TrainConfig
+from apex_fast.training.encoding import open_data
+from apex_fast.training.loop import Trainer
+from apex_fast.training.models import is_hub_id, pretrained_folder, quiet_libraries
+from apex_fast.training.results import INDEX, Record
+from apex_fast.training.settings import SettingsError
+
+STEPS, RESUMED_AT = 3, 2
+RANK = 4
+EDGE = 32
+"""Pixels; suits the tiny pipeline of every family."""
+
+CAPTIONS = (
+    "a red circle on white",
+    "a green circle on black",
+    "a blue square on white",
+    "a yellow square on black",
+    "a red square on grey",
+    "a green square on white",
+    "a blue circle on grey",
+    "a yellow circle on blue",
+)
+
+
+def smoke_run(config: TrainConfig, *, output_dir: str | Path | None = None) -> int:
+    """Runs ``config`` small and says what that shows; returns the exit code.
+
+    output_dir: where to leave the files; None is a temporary folder that is removed.
+
+    Raises:
+        SettingsError: a config that has no family's pipeline to be tried on, or any mistake that the run finds.
+    """
+    begun = time.monotonic()
+    family = family_of_config(config)
+    with ExitStack() as stack:
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="apex-fast-smoke-")))
+        run, notes = small_config(config, family, folder)
+        for note in notes:
+            print(f"smoke: {note}")
+        quiet_libraries()
+        require("apex_fast.backbones.tiny", extra="train").save_tiny_pipeline(family, folder / "tiny_model")
+        render_pictures(folder / "pictures")
+        first = Trainer(run, label="smoke").run(until=RESUMED_AT)
+        if first.exit_code:
+            return first.exit_code
+        resumed = dataclasses.replace(run, resume_from_checkpoint="latest", overwrite_output_dir=False)
+        second = Trainer(resumed, label="smoke").run()
+        if not second.finished:
+            return second.exit_code
+        picture = _generate(folder / "run", config)
+        kept = f"; everything is in {folder}" if output_dir is not None else ""
+        print(
+            f"smoke: passed in {time.monotonic() - begun:.0f} s: {family}, "
+            f"{'all parameters' if run.rank is None else f'LoRA of rank {run.rank}'}, {STEPS} steps with a resume "
+            f"after {RESUMED_AT}, checkpoint, result, and a picture of {picture} from it{kept}\n"
+            "smoke: the weights are random, so this shows the wiring and says nothing of quality, memory or speed"
+        )
+    return 0
+
+
+def family_of_config(config: TrainConfig) -> str:
+    """The family of a config's model without loading or downloading it.
+
+    Raises:
+        SettingsError: it cannot be told, or the model needs no smaller one.
+    """
+    name = config.pretrained_model_name_or_path
+    if name is None or name == DIGITS_START:
+        raise SettingsError(
+            "--smoke puts a tiny random pipeline in place of a large one, and this config's model is small already; "
+            "write --max_train_steps 3 instead"
+        )
+    found: str | None = None
+    if is_hub_id(name):
+        found = PUBLISHED[name].family if name in PUBLISHED else None
+    elif config.family is None or Path(name).exists():
+        folder = pretrained_folder(name)
+        if (record := Record.read(folder)) is not None:
+            found = record.family
+        else:
+            index = folder / INDEX if (folder / INDEX).is_file() else folder / "config.json"
+            values = json.loads(index.read_text(encoding="utf-8"))
+            try:
+                backbone = family_of(values.get("_class_name", ""), str(name))
+            except ValueError as error:
+                raise SettingsError(f"pretrained_model_name_or_path: {error}") from error
+            if values.get("_class_name") == backbone.__name__:
+                return family_of_config(dataclasses.replace(config, pretrained_model_name_or_path=DIGITS_START))
+            found = backbone.family
+    if found is not None and config.family not in (None, found):
+        raise SettingsError(f"family: {config.family}, but {name} is a {found} model; write family: {found}")
+    family = config.family or found
+    if family is None:
+        raise SettingsError(f"--smoke does not know the family of {name}; write it, e.g. family: sana")
+    return family
+
+
+def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainConfig, list[str]]:
+    """``config`` on the tiny model and pictures in ``folder``, and what of it is left out or could be told already."""
+    notes = []
+    if config.dataset_name == DIGITS:
+        raise SettingsError(f"dataset_name: digits are 8 x 8 grey pictures, and {family} takes a folder of pictures")
+    if Path(config.dataset_name).exists():
+        data = open_data(config)
+        assert isinstance(data, PictureFolder)
+        notes += [f"dataset_name: {len(data)} pictures with captions in {data.folder}"]
+        notes += [f"dataset_name: {line}" for line in data.warnings()]
+    else:
+        notes.append(f"dataset_name: {config.dataset_name} is not there yet; the run will need it")
+    left_out = {"quantization": None, "start_lora": None, "start_lora_mode": "merge", "compile": False}
+    for name, default in left_out.items():
+        if getattr(config, name) != default:
+            notes.append(f"{name}: {getattr(config, name)} is not tried: it takes the real weights or long to start")
+    alpha = config.lora_alpha
+    if config.rank is not None and alpha is not None:
+        alpha = alpha * RANK / config.rank
+    size = config.image_size
+    wide = None if size is None or size[0] == size[1] else [EDGE, EDGE + 16] if size[1] > size[0] else [EDGE + 16, EDGE]
+    small = dataclasses.replace(
+        config,
+        **left_out,
+        family=family,
+        pretrained_model_name_or_path=str(folder / "tiny_model"),
+        revision=None,
+        variant=None,
+        dataset_name=str(folder / "pictures"),
+        resolution=wide or EDGE,
+        output_dir=str(folder / "run"),
+        resume_from_checkpoint=None,
+        max_train_steps=STEPS,
+        train_batch_size=min(2, config.train_batch_size),
+        gradient_accumulation_steps=min(2, config.gradient_accumulation_steps),
+        rank=None if config.rank is None else RANK,
+        lora_alpha=alpha,
+        lr_warmup_steps=min(1, config.lr_warmup_steps),
+        objective=dataclasses.replace(config.objective, warmup_steps=1, ramp_steps=1),
+        validation_steps=None if config.validation_steps is None else STEPS,
+        validation_images_per_prompt=1,
+        checkpointing_steps=None,
+        logging_steps=1,
+    )
+    return small, notes
+
+
+def render_pictures(folder: Path) -> None:
+    """Eight pictures of shapes with captions in ``metadata.jsonl``."""
+    pil, draw_module = require("PIL.Image", extra="train"), require("PIL.ImageDraw", extra="train")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, caption in enumerate(CAPTIONS):
+        _, color, shape, _, ground = caption.split()
+        picture = pil.new("RGB", (48, 40), ground)
+        pencil = draw_module.Draw(picture)
+        (pencil.ellipse if shape == "circle" else pencil.rectangle)((8, 6, 36, 34), fill=color)
+        picture.save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}) + "\n")
+    (folder / METADATA).write_text("".join(lines), encoding="utf-8")
+
+
+def _generate(run: Path, config: TrainConfig) -> str:
+    from apex_fast.generate import generate, picture_path, write_picture
+
+    images, _ = generate(run, CAPTIONS[:1], images_per_prompt=1, device=config.device)
+    write_picture(images, CAPTIONS[:1], picture_path(run, CAPTIONS[0], 1, 0))
+    if not images.isfinite().all():
+        raise SettingsError("--smoke: the tuned model makes pictures that are not finite")
+    return f"{images.shape[-1]} x {images.shape[-2]} pixels"

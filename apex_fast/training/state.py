@@ -1,0 +1,149 @@
+"""The state of a run in its folder: what a checkpoint holds, going on from one, and the folder itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apex_fast.objective import ApexObjective
+from apex_fast.training import checkpoint as checkpoints
+from apex_fast.training.checkpoint import CheckpointError
+from apex_fast.training.config import TrainConfig
+from apex_fast.training.models import file_fingerprint, start_lora_file
+from apex_fast.training.results import MODEL_FOLDER, load_trained, save_trained
+from apex_fast.training.settings import SettingsError, as_mapping, differences
+
+if TYPE_CHECKING:
+    from apex_fast.training.loop import Trainer
+
+NOT_OF_THE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "output_dir")
+"""Keys that may differ between the parts of one run."""
+
+
+def write(trainer: Trainer, folder: Path) -> None:
+    """Everything that a resumed run needs to go on with the same numbers, into the new ``folder``."""
+    from apex_fast.version import __version__
+
+    objective, velocities = trainer.objective, trainer.velocities
+    save_trained(trainer.backbone, folder / MODEL_FOLDER, trainer.record)
+    checkpoints.save_state(folder, "ema", None if trainer.average is None else trainer.average.state_dict())
+    checkpoints.save_state(folder, "optimizer", trainer.optimizer.state_dict())
+    # The shift; all else in the objective is settings or ends with the step.
+    shift = dict(objective.shift.state_dict()) if isinstance(objective, ApexObjective) else None
+    checkpoints.save_state(folder, "objective", {"shift": shift})
+    # A frozen branch is the start: it is read again from where it came, and its fingerprint says whether it still is
+    # that model.
+    checkpoints.save_state(folder, "real_branch", velocities.state_dict() if velocities.has_ema else None)
+    checkpoints.save_state(folder, "random", checkpoints.random_states(trainer.generators))
+    run = {
+        "step": trainer.step,
+        "samples_seen": trainer.batches.position,
+        "start": _start(trainer),
+        "config": as_mapping(trainer.config),
+        "versions": {"apex_fast": __version__, "torch": torch.__version__},
+    }
+    checkpoints.save_json(folder, "trainer", run)
+
+
+def _start(trainer: Trainer) -> dict[str, Any]:
+    """What the run was tuned from, and how to tell whether that is still the same."""
+    config = trainer.config
+    start: dict[str, Any] = {"path": config.pretrained_model_name_or_path, "fingerprint": trainer.start_fingerprint}
+    if config.start_lora is not None and config.start_lora_mode != "continue":
+        start["lora"] = file_fingerprint(start_lora_file(config.start_lora))
+    return start
+
+
+def restore(trainer: Trainer, folder: Path) -> list[str]:
+    """Puts the trainer where it was when ``folder`` was written; returns the settings that differ since.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run, start or network, or not the newest of its folder.
+        SettingsError: the run is over.
+    """
+    config = trainer.config
+    run = checkpoints.load_json(folder, "trainer")
+    _check_history(trainer, folder, run)
+    load_trained(trainer.backbone, folder / MODEL_FOLDER, config.mode)
+    average = checkpoints.load_state(folder, "ema")
+    if trainer.average is not None and average is None:
+        raise CheckpointError(f"{folder} holds no averaged weights; write ema_decay: null, or start over")
+    try:
+        if trainer.average is not None:
+            trainer.average.load_state_dict(average)
+        trainer.optimizer.load_state_dict(checkpoints.load_state(folder, "optimizer"))
+        objective = checkpoints.load_state(folder, "objective")
+        if isinstance(trainer.objective, ApexObjective):
+            trainer.objective.shift.load_state_dict(objective["shift"])
+        real = checkpoints.load_state(folder, "real_branch")
+        if trainer.velocities.has_ema:
+            trainer.velocities.load_state_dict(real or {})
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder} does not fit this config: {error}") from error
+    checkpoints.restore_random_states(checkpoints.load_state(folder, "random"), trainer.generators)
+    trainer.step, trainer.batches.position = int(run["step"]), int(run["samples_seen"])
+    if folder.parent.resolve() == trainer.output_dir.resolve():
+        trainer.saved_step = trainer.step
+    if trainer.step > config.max_train_steps:
+        raise SettingsError(
+            f"max_train_steps is {config.max_train_steps}, but {folder} is at step {trainer.step} already"
+        )
+    return differences(run["config"], as_mapping(config), leave_out=NOT_OF_THE_RUN)
+
+
+def _check_history(trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
+    config, before = trainer.config, run["config"]
+    later = [p.name for p in checkpoints.checkpoints(trainer.output_dir) if checkpoints.step_of(p) > int(run["step"])]
+    if later:
+        # Two histories in one folder: "latest" and checkpoints_total_limit would mix them up.
+        raise CheckpointError(
+            f"{trainer.output_dir} has newer checkpoints than {folder.name} ({', '.join(later)}); write another "
+            "output_dir and the path of the checkpoint, or delete the newer ones"
+        )
+    for key in ("loss", "rank"):
+        if before.get(key) != getattr(config, key):
+            raise CheckpointError(
+                f"{folder} is of a run with {key}: {before.get(key)}, this one has {key}: {getattr(config, key)}"
+            )
+    # A LoRA is nothing without its base, and a frozen real branch is not saved: both are the start, read again.
+    if config.mode == "full" and config.real_branch_in_use != "frozen":
+        return
+    start = _start(trainer)
+    if run["start"]["fingerprint"] != start["fingerprint"]:
+        needs = "a LoRA needs the base" if config.mode == "lora" else "the frozen real branch must be the model"
+        raise CheckpointError(
+            f"{folder} was tuned from another model than {start['path']} holds now (it was {run['start']['path']}); "
+            f"{needs} that the run started from"
+        )
+    if run["start"].get("lora") != start.get("lora"):
+        raise CheckpointError(
+            f"{folder} was tuned from another start_lora (or start_lora_mode) than start_lora: {config.start_lora}, "
+            f"start_lora_mode: {config.start_lora_mode}"
+        )
+
+
+def claim_folder(config: TrainConfig, *, delete: bool = True) -> None:
+    """Makes sure that a new run does not mix its files with an older one's: with ``overwrite_output_dir`` the older
+    run is deleted, otherwise SettingsError says what there is.
+
+    delete: False only checks, for a run that may still be refused for another reason.
+    """
+    folder = Path(config.output_dir)
+    checkpoints.restore_replaced(folder)
+    old = [p for p in (folder / "metrics.jsonl", folder / MODEL_FOLDER) if p.exists()]
+    old += checkpoints.checkpoints(folder)
+    if not old:
+        return
+    if not config.overwrite_output_dir:
+        raise SettingsError(
+            f"output_dir: {folder} already holds a run ({old[-1].name}). Go on with it by --resume_from_checkpoint "
+            "latest, start over with --overwrite_output_dir, or write another output_dir"
+        )
+    for path in [*old, folder / "samples", folder / "tensorboard"] if delete else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
