@@ -235,7 +235,7 @@ def add_lora(backbone: Backbone, settings: LoraSettings, *, seed: int | None = N
         try:
             _add(backbone, config, GENERATOR)
         except ValueError as error:
-            if "target" not in str(error).lower():
+            if "not found in the base model" not in str(error):
                 raise
             raise ValueError(
                 f"add_lora: no layer of {type(transformer).__name__} ends with any of {targets}; layers are named like "
