@@ -93,7 +93,7 @@ shift:                             # c_fake = scale * c + bias; good: scale -1 t
   scale: -1.0
   bias: 0.5
 objective:
-  correction_weight: 0.5           # open; 2.0 did best on scanned digits (docs/digits.md)
+  correction_weight: 2.0           # open; did better than 1 and 0.5 on scanned digits (docs/digits.md)
   warmup_steps: null               # null: a tenth of the run, at most 150
   ramp_steps: null                 # null: an eighth of the run, at most 200
 
@@ -113,6 +113,7 @@ def _weights(lora: bool) -> str:
     if lora:
         return """\
 weight_dtype: bf16                 # of the frozen base: 2 bytes a parameter
+mixed_precision: bf16              # the adapter, held in fp32, computes in bf16 too (paper)
 quantization: null                 # int8: 1 byte a parameter; nf4: half a byte, on a GPU only"""
     return """\
 weight_dtype: fp32                 # in bf16 small updates would be lost
@@ -126,7 +127,7 @@ def _lora(lora: bool) -> str:
 rank: 64                           # paper: 32 and 64, with like results
 lora_alpha: null                   # open; null is rank, a scale of 1
 lora_dropout: 0.0
-lora_target_modules: null          # open; null is attention and feed-forward of every block
+lora_target_modules: null          # open; null is attention, feed-forward, modulation and the time (docs/lora.md)
 start_lora: null                   # a LoRA of your own to start from, with start_lora_mode: merge, frozen or continue
 
 """
@@ -167,7 +168,7 @@ def _optimizer(lora: bool) -> str:
     return f"""\
 max_train_steps: {steps:<17} # paper: {grade}
 learning_rate: {rate:<19} # open
-lr_scheduler: constant             # open
+lr_scheduler: cosine               # open; what swings at a constant rate comes to rest (docs/digits.md)
 lr_warmup_steps: 50                # open
 adam_beta2: 0.99                   # open
 max_grad_norm: 1.0                 # open

@@ -53,6 +53,12 @@ class FluxBackbone(Backbone):
         "ff_context.net.0.proj",
         "ff_context.net.2",
         "proj_mlp",
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm.linear",
+        "norm_out.linear",
+        "timestep_embedder.linear_1",
+        "timestep_embedder.linear_2",
     )
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:

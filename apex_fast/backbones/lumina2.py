@@ -45,6 +45,10 @@ class Lumina2Backbone(Backbone):
         "feed_forward.linear_1",
         "feed_forward.linear_2",
         "feed_forward.linear_3",
+        "norm1.linear",
+        "norm_out.linear_1",
+        "timestep_embedder.linear_1",
+        "timestep_embedder.linear_2",
     )
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:

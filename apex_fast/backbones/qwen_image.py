@@ -56,6 +56,11 @@ class QwenImageBackbone(Backbone):
         "img_mlp.net.2",
         "txt_mlp.net.0.proj",
         "txt_mlp.net.2",
+        "img_mod.1",
+        "txt_mod.1",
+        "norm_out.linear",
+        "timestep_embedder.linear_1",
+        "timestep_embedder.linear_2",
     )
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:

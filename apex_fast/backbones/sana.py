@@ -40,8 +40,19 @@ class SanaBackbone(Backbone):
     has_mask = True
     default_sequence_length = 300
     teacher_guidance = TeacherGuidance(scale=4.5, negative_prompt="")
-    # The feed-forward of SANA is convolutional: its two 1x1 convolutions mix the channels.
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point")
+    # The feed-forward of SANA is convolutional: its two 1x1 convolutions mix the channels. One modulation serves all
+    # blocks.
+    lora_targets = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ff.conv_inverted",
+        "ff.conv_point",
+        "timestep_embedder.linear_1",
+        "timestep_embedder.linear_2",
+        "time_embed.linear",
+    )
 
     @classmethod
     def from_config(

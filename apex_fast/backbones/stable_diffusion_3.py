@@ -55,6 +55,11 @@ class StableDiffusion3Backbone(Backbone):
         "ff.net.2",
         "ff_context.net.0.proj",
         "ff_context.net.2",
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm_out.linear",
+        "timestep_embedder.linear_1",
+        "timestep_embedder.linear_2",
     )
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:

@@ -40,7 +40,17 @@ class ZImageBackbone(Backbone):
     has_mask = True
     default_sequence_length = 512
     teacher_guidance = TeacherGuidance(scale=5.0, negative_prompt="")
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    lora_targets = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "feed_forward.w1",
+        "feed_forward.w2",
+        "feed_forward.w3",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+    )
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:
         super().__init__(transformer, **options)
@@ -55,6 +65,15 @@ class ZImageBackbone(Backbone):
                 "ZImageBackbone: expected weights for patches of 2 x 2 in one frame, got "
                 f"all_patch_size={tuple(config.all_patch_size)} and all_f_patch_size={tuple(config.all_f_patch_size)}"
             )
+
+        # By their full names: in the blocks the linear layer is the first of the modulation, in the final layer it is
+        # the second, and the first has no weights.
+        modulation = [
+            name
+            for name, module in transformer.named_modules()
+            if isinstance(module, nn.Linear) and "adaLN_modulation" in name
+        ]
+        self.lora_targets = (*type(self).lora_targets, *modulation)
 
     @property
     def text_width(self) -> int:
