@@ -74,6 +74,8 @@ class FiniteWatch:
         Raises:
             NonFiniteLossError: a term noted before was not finite.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return  # a graph holds no look at the host; whoever replays it sees the losses that it returns
         previous, self._pending = self._pending, [_record(step, terms)]
         self._examine(previous)
 
@@ -81,6 +83,8 @@ class FiniteWatch:
         """Notes further ``terms`` of the step that :meth:`record` was called for, and examines nothing: that would wait
         for the losses of this very step.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
         self._pending.append(_record(step, terms))
 
     def check(self) -> None:
