@@ -14,7 +14,7 @@ READY := $(VENV)/apex-fast-ready
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py cmake/*) $(shell find csrc -type f)
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-long test-slow lint bench cuda-check clean
+.PHONY: help setup demo test test-long test-slow lint bench cuda-check sanitize clean
 
 help:
 	@echo 'make demo        train and sample a one-step text-to-image generator (minutes), results in runs/demo'
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint        ruff and clang-format'
 	@echo 'make bench       benchmarks of the ops on this CPU'
 	@echo 'make cuda-check  compile the CUDA sources; needs nvcc, no GPU'
+	@echo 'make sanitize    compute-sanitizer over the CUDA tests; needs a GPU and the CUDA toolkit'
 	@echo 'make setup       only the set-up that all of these share'
 	@echo 'make clean       remove what was built (not the virtual environment)'
 
@@ -75,6 +76,17 @@ cuda-check: $(READY)
 	  $(BIN)/cmake -S . -B build/cuda-check -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DAPEX_FAST_CUDA=check \
 	    -DTORCH_ROOT=$$1 -DAPEX_TORCH_VERSION=$$2 -Dpybind11_DIR=$$3 -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	@$(BIN)/cmake --build build/cuda-check --target apex_cuda_kernels apex_cuda_glue
+
+# Slow, so on a choice of the tests: every op, dtype and layout, without graphs, compilers and huge tensors. The caching
+# allocator would hide an access beyond a tensor inside its own blocks. initcheck reports reads of what was never written.
+SANITIZE ?= memcheck racecheck initcheck
+sanitize: $(READY)
+	@command -v compute-sanitizer >/dev/null || { echo 'compute-sanitizer comes with the CUDA toolkit: put its bin on PATH'; exit 1; }
+	set -e; for tool in $(SANITIZE); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	    $(BIN)/python -m pytest -q -m cuda tests/test_cuda_ops.py -k 'dtype or layouts or backward_op or misalignment or many_dim' \
+	    $(PYTEST_ARGS); \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache $(READY) apex_fast/*.so

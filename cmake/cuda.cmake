@@ -24,6 +24,10 @@ function(apex_add_cuda_kernels library)
   # -lineinfo names source lines in profilers and costs nothing at run time.
   target_compile_options(apex_cuda_kernels PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo -Werror=all-warnings>)
+  # The compile check prints what each kernel takes; tests/test_cuda_resources.py reads it.
+  if(NOT APEX_CUDA_BUILT)
+    target_compile_options(apex_cuda_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+  endif()
 
   add_library(apex_cuda_glue OBJECT ${glue})
   target_include_directories(apex_cuda_glue PRIVATE csrc)

@@ -61,8 +61,8 @@ else()
     set(APEX_CUDA_COMPILED ON)
     set(APEX_CUDA_ARCHITECTURES "${APEX_FAST_CUDA_ARCHS}")
     if(NOT APEX_CUDA_ARCHITECTURES)
-      # Machine code for A100, H100/H200 and B200; the newest also as PTX, for what comes after it.
-      set(APEX_CUDA_ARCHITECTURES 80-real 90-real 100)
+      # Machine code for A100, H100/H200, B200 and RTX 50; the newest also as PTX, for what comes after it.
+      set(APEX_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
       if(APEX_NVCC_VERSION VERSION_LESS 12.8)
         set(APEX_CUDA_ARCHITECTURES 80-real 90)
       endif()

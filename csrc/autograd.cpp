@@ -3,108 +3,13 @@
 // and no opaque node.
 //
 // No device code and no sizes here: the same functions trace with fake tensors and symbolic shapes.
-#include <array>
-#include <optional>
-#include <tuple>
-#include <utility>
-
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+
+#include "autograd.h"
 
 namespace apex_fast {
 
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool wants_gradient(const Tensor& tensor) {
-  return tensor.defined() && tensor.requires_grad();
-}
-bool wants_gradient(const OptionalTensor& tensor) {
-  return tensor && wants_gradient(*tensor);
-}
-
-template <class... Tensors>
-bool any_wants_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (wants_gradient(tensors) || ...);
-}
-
-bool has_tangent(const Tensor& tensor) {
-  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
-}
-bool has_tangent(const OptionalTensor& tensor) {
-  return tensor && has_tangent(*tensor);
-}
-
-// Without a formula a tangent would be dropped, and the result of forward mode be zero without a word.
-template <class... Tensors>
-void refuse_forward_mode(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK(!(has_tangent(tensors) || ...), op,
-              ": forward-mode derivatives are not implemented; use reverse mode, or the plain torch formula of the "
-              "same name in "
-              "apex_fast.ops.reference");
-}
-
-template <class... Tensors>
-void refuse_gradient(const char* message, const Tensors&... tensors) {
-  TORCH_CHECK(!any_wants_gradient(tensors...), message);
-}
-
-Tensor saved(const OptionalTensor& tensor) {
-  return tensor ? *tensor : Tensor();
-}
-OptionalTensor restored(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-// An empty tensor stands for a gradient that was not asked for.
-Tensor if_wanted(bool wanted, const Tensor& gradient) {
-  return wanted ? gradient : Tensor();
-}
-
-// ---- second derivatives: refused when they are used, not silently zero
-
-struct OnceDifferentiable : Function<OnceDifferentiable> {
-  template <class Compute>
-  static variable_list forward(AutogradContext* ctx, at::TensorList, const Compute& compute, const char* op) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->saved_data["op"] = std::string(op);
-    return compute();
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK(false, "apex_fast::", ctx->saved_data["op"].toStringRef(),
-                " cannot be differentiated a second time: the ops have first derivatives only. For second derivatives "
-                "use the plain torch "
-                "formula of the same name in apex_fast.ops.reference.");
-  }
-};
-
-template <class Compute, class... Tensors>
-variable_list once_differentiable(const char* op, const Compute& compute, const Tensors&... inputs) {
-  if (!any_wants_gradient(inputs...)) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return compute();
-  }
-  variable_list tensors;
-  const auto keep = [&](const auto& tensor) {
-    const Tensor value = saved(tensor);
-    if (value.defined()) tensors.push_back(value);
-  };
-  (keep(OptionalTensor(inputs)), ...);
-  return OnceDifferentiable::apply(at::TensorList(tensors), compute, op);  // a TensorList is what the engine looks into
-}
 
 // ---- condition_shift
 
@@ -354,6 +259,32 @@ std::tuple<Tensor, Tensor, Tensor> shifted_velocity_loss_backward_autograd(
   return {out[0], out[1], out[2]};
 }
 
+using ShiftedVelocityLossWithGradientsSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
+    std::optional<double>, std::array<bool, 2>, std::optional<at::ScalarType>);
+
+const auto& shifted_velocity_loss_with_gradients_op() {
+  static const auto op =
+      find<ShiftedVelocityLossWithGradientsSignature>("apex_fast::shifted_velocity_loss_with_gradients");
+  return op;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shifted_velocity_loss_with_gradients_autograd(
+    const Tensor& weight_fake, const Tensor& weight_correction, const Tensor& v_shift, const Tensor& v_real,
+    const Tensor& target, const OptionalTensor& v_uncond, double guidance_scale, std::optional<double> clip,
+    std::array<bool, 2> output_mask, std::optional<at::ScalarType> grad_gen_dtype) {
+  refuse_forward_mode("shifted_velocity_loss_with_gradients", weight_fake, weight_correction, v_shift, v_real, target,
+                      v_uncond);
+  refuse_gradient(
+      "shifted_velocity_loss_with_gradients: returns its gradients and is not differentiable; detach the inputs or "
+      "call "
+      "it under torch.no_grad()",
+      weight_fake, weight_correction, v_shift, v_real, target, v_uncond);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return shifted_velocity_loss_with_gradients_op().call(weight_fake, weight_correction, v_shift, v_real, target,
+                                                        v_uncond, guidance_scale, clip, output_mask, grad_gen_dtype);
+}
+
 // ---- mixed_velocity_loss
 
 using MixedVelocityLossSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double);
@@ -500,6 +431,7 @@ TORCH_LIBRARY_IMPL(apex_fast, Autograd, m) {
   m.impl("renoise_backward", &apex_fast::renoise_backward_autograd);
   m.impl("shifted_velocity_loss", &apex_fast::shifted_velocity_loss_autograd);
   m.impl("shifted_velocity_loss_backward", &apex_fast::shifted_velocity_loss_backward_autograd);
+  m.impl("shifted_velocity_loss_with_gradients", &apex_fast::shifted_velocity_loss_with_gradients_autograd);
   m.impl("mixed_velocity_loss", &apex_fast::mixed_velocity_loss_autograd);
   m.impl("mixed_velocity_loss_backward", &apex_fast::mixed_velocity_loss_backward_autograd);
   m.impl("sampler_step", &apex_fast::sampler_step_autograd);

@@ -185,6 +185,16 @@ def plain_shifted_velocity_loss(v_gen, v_shift, v_real, target, v_uncond=None, g
     return _sample_mean((v_shift - target) ** 2), correction, torch.stack(stats, 1)
 
 
+def plain_shifted_velocity_loss_with_gradients(weight_fake, weight_correction, v_shift, v_real, target, **settings):
+    """The gradients through autograd."""
+    v_gen, leaf = torch.zeros_like(v_shift, requires_grad=True), v_shift.detach().requires_grad_()
+    with torch.enable_grad():
+        fake, correction, stats = plain_shifted_velocity_loss(v_gen, leaf, v_real, target, **settings)
+        total = (weight_fake.to(fake.dtype) * fake + weight_correction.to(fake.dtype) * correction).sum()
+        grad_gen, grad_shift = torch.autograd.grad(total, [v_gen, leaf])
+    return fake.detach(), correction.detach(), stats, grad_gen, grad_shift
+
+
 def plain_mixed_velocity_loss(velocity, x, z, v_fake=None, mix_weight=0.0):
     target = (1 - mix_weight) * (z - x)
     if v_fake is not None:
@@ -322,6 +332,23 @@ SAMPLER_STEP = Op(
         "between": {"leave_out": ("v_uncond",), "stochasticity": 0.36},
         "guided_euler": {"leave_out": ("noise",), "guidance_scale": 2.5},
         "guided_renoise": {"guidance_scale": 2.5, "stochasticity": 1.0},
+    },
+)
+
+#: Forward and backward of SHIFTED_VELOCITY_LOSS in one; it has no backward op of its own and is not among OPS.
+SHIFTED_VELOCITY_LOSS_WITH_GRADIENTS = Op(
+    name="shifted_velocity_loss_with_gradients",
+    primary="v_shift",
+    velocities=("v_shift", "v_real", "v_uncond"),
+    states=("target",),
+    times=("weight_fake", "weight_correction"),
+    differentiable=(),
+    outputs=("loss", "loss", "stats", "sample", "sample"),
+    plain=plain_shifted_velocity_loss_with_gradients,
+    variants={
+        "plain": {"leave_out": ("v_uncond",), "clip": 0.9},
+        "guided": {"guidance_scale": 2.5, "clip": 1.5},
+        "unclipped": {"leave_out": ("v_uncond",), "clip": None},
     },
 )
 

@@ -21,6 +21,7 @@ from ops_cases import (
     LAYOUT_SHAPE,
     LAYOUTS,
     OP_VARIANTS,
+    SHIFTED_VELOCITY_LOSS_WITH_GRADIENTS,
     Inputs,
     Op,
     backward_inputs,
@@ -167,11 +168,13 @@ def assert_matches_truth(
     return actual
 
 
-def assert_within_twice_plain(op: Op, inputs: Inputs, half: torch.dtype) -> None:
+def assert_within_twice_plain(
+    op: Op, inputs: Inputs, half: torch.dtype, function: Callable[..., Any] | None = None
+) -> None:
     """Outputs and gradients at most twice as wrong as the plain torch formula computed in ``half``."""
     wanted = [n for n in op.differentiable if inputs.get(n) is not None]
     upstream = upstream_for(op, inputs)
-    actual = run(op.public, inputs, wanted, upstream)
+    actual = run(function or op.public, inputs, wanted, upstream)
     plain = run(op.plain, inputs, wanted, upstream, cast=half)
     truth = run(op.twin, inputs, wanted, upstream, cast=F64)
 
@@ -335,7 +338,8 @@ def assert_twin_is_the_formula(op: Op, variant: str) -> None:
 
 def check_all_ops() -> None:
     """Every op and its gradients in every variant, over tiles and tails, in place and permuted."""
-    for op, variant in OP_VARIANTS:
+    one_pass = SHIFTED_VELOCITY_LOSS_WITH_GRADIENTS
+    for op, variant in (*OP_VARIANTS, *((one_pass, variant) for variant in one_pass.variants)):
         for velocity, state in ((F32, F32), (F64, F64), (BF16, F32), (F16, F16)):
             for shape, layout in (
                 ((2, 1043), "contiguous"),

@@ -248,8 +248,8 @@ def decide(toolchain, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "torch_cuda", "nvcc", "decision"),
     [
-        ("auto", "13.0", "13.0", "on: nvcc 13.0, architectures 80-real, 90-real, 100"),
-        ("AUTO", "12.8", "12.9", "on: nvcc 12.9, architectures 80-real, 90-real, 100"),
+        ("auto", "13.0", "13.0", "on: nvcc 13.0, architectures 80-real, 90-real, 100-real, 120"),
+        ("AUTO", "12.8", "12.9", "on: nvcc 12.9, architectures 80-real, 90-real, 100-real, 120"),
         ("auto", "12.6", "12.6", "on: nvcc 12.6, architectures 80-real, 90"),
         ("auto", "", "13.0", "off: torch 2.13.0 has no CUDA"),
         ("auto", "13.0", None, "off: no nvcc on PATH, in CUDA_HOME or CUDACXX"),

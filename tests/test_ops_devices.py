@@ -112,7 +112,8 @@ def nobody_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nobody_told")
-def test_auto_says_once_per_device_that_the_twins_run() -> None:
+def test_auto_says_once_per_device_that_the_twins_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "CUDA_OPS", ("interpolate",))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for op, device in (
@@ -141,7 +142,9 @@ def test_compiled_refuses_and_reference_is_silent() -> None:
         registration._announce("renoise", "cuda", "reference")
 
 
-@pytest.mark.parametrize("op", ("interpolate", "interpolate_backward"))
+@pytest.mark.parametrize(
+    "op", [*(op + suffix for op in registration.CUDA_OPS for suffix in ("", "_backward")), registration.ONE_PASS]
+)
 def test_where_a_rebuild_helps_the_command_is_named(op: str) -> None:
     with pytest.raises(RuntimeError, match="Mend: put nvcc on PATH, then APEX_FAST_CUDA=on pip install"):
         registration._announce(op, "cuda", "compiled")

@@ -11,6 +11,10 @@ Common to all of them:
 * Dense tensors run without a copy, permuted ones (channels_last, a moved batch dimension) and slices of the batch
   too. Any other layout, such as a slice of the channels, is copied once, and so is an operand whose layout differs
   from that of the first tensor named in the signature's ``[B, ...]`` group.
+* The ops that stand in for parts of a network (``condition_shift_rms_norm``, ``projected_condition_shift``,
+  ``modulated_layer_norm``, ``velocity_head``) walk rows of channels ``[..., D]``: the condition or the hidden state
+  decides the arithmetic, parameters may have any float dtype, outputs are contiguous, and an input that is not is
+  copied once.
 * Results repeat bit for bit and do not depend on the number of threads.
 * Reverse mode and first derivatives only: differentiating twice, or in forward mode, raises.
 
@@ -187,6 +191,52 @@ def shifted_velocity_loss_backward(
     )
 
 
+def shifted_velocity_loss_with_gradients(
+    weight_fake: Tensor,
+    weight_correction: Tensor,
+    v_shift: Tensor,
+    v_real: Tensor,
+    target: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    clip: float | None = 1.0,
+    output_mask: tuple[bool, bool] = (True, True),
+    grad_gen_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`shifted_velocity_loss` and its gradients in one pass, for a schedule that knows how much each loss of each
+    sample will weigh before the loss runs.
+
+    Args:
+        weight_fake: ``[B]``, fp32 or fp64: derivative of the total by ``fake[b]``.
+        weight_correction: ``[B]``: derivative of the total by ``correction[b]``.
+        v_shift, v_real, target, v_uncond, guidance_scale, clip: as in :func:`shifted_velocity_loss`.
+        output_mask: which of the two gradients to compute.
+        grad_gen_dtype: dtype of the first; None is that of ``v_shift``.
+
+    Returns:
+        ``(fake, correction, stats, grad_gen, grad_shift)``: the results of :func:`shifted_velocity_loss`, and the
+        gradients for ``v_gen`` and ``v_shift`` of :func:`shifted_velocity_loss_backward`. One not asked for is an empty
+        tensor of shape ``[0]``. Not differentiable. Moves 5N bytes (6N with ``v_uncond``), where forward and backward
+        move 8N (10N).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, or an argument asks for a gradient.
+    """
+    return _ops.shifted_velocity_loss_with_gradients(
+        weight_fake,
+        weight_correction,
+        v_shift,
+        v_real,
+        target,
+        v_uncond=v_uncond,
+        guidance_scale=guidance_scale,
+        clip=clip,
+        output_mask=output_mask,
+        grad_gen_dtype=grad_gen_dtype,
+    )
+
+
 def mixed_velocity_loss(
     velocity: Tensor, x: Tensor, z: Tensor, *, v_fake: Tensor | None = None, mix_weight: float = 0.0
 ) -> Tensor:
@@ -256,13 +306,153 @@ def sampler_step(
     )
 
 
+def condition_shift_rms_norm(
+    condition: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    mask: Tensor | None = None,
+    stacked: bool = False,
+    output_mask: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of a condition and of the shifted condition ``scale * c + bias`` (APEX, arXiv 2604.12322, Eq. 9), which
+    is never written.
+
+    For networks that read their text through a norm first (Qwen-Image's ``txt_norm``).
+
+    Args:
+        condition: ``[..., D]``; fp32, bf16, fp16 or fp64.
+        scale: ``[]`` or ``[D]``, any of the same dtypes.
+        bias: ``[]`` or ``[D]``.
+        weight: of the norm, ``[D]``.
+        eps: of the norm, added to the mean square.
+        mask: ``[...]`` (the condition without D), bool or number; where it is zero the shifted output is the real one.
+        stacked: both branches in one tensor, for a network that is called once for both.
+        output_mask: which of the two are made. One that is not is an empty tensor of shape ``[0]``.
+
+    Returns:
+        ``(normed, normed_shifted)``, like ``condition``; stacked: ``([2B, ..., D], [0])``, real branch first.
+        Differentiable in ``condition``, ``scale``, ``bias`` and ``weight``; kept for backward are the inputs alone.
+
+    Moves 3N bytes forward for both outputs (2N for one), where shift and two norms in separate passes move 6N, and
+    backward 3N (2N) and N for the gradient of ``condition`` if it is wanted.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, a negative ``eps``, ``stacked`` with one output.
+    """
+    return _ops.condition_shift_rms_norm(
+        condition, scale, bias, weight, eps, mask=mask, stacked=stacked, output_mask=output_mask
+    )
+
+
+def projected_condition_shift(
+    projected: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    stacked: bool = False,
+    output_mask: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor, Tensor]:
+    """What a linear layer ``W, beta`` makes of a condition and of the shifted one, from one product ``W c``.
+
+    ``W (a c + b) + beta = a (W c) + (b W 1 + beta)``, so the shifted condition (Eq. 9) is never written. For networks
+    that read their text through a linear layer first (SANA's ``caption_projection``).
+
+    Args:
+        projected: ``W c``, ``[..., D]``, without ``beta``; fp32, bf16, fp16 or fp64.
+        scale: a, one number ``[]``. A diagonal does not commute with W: shift the condition itself then.
+        bias: b, one number ``[]``.
+        row_sums: ``W 1``, ``[D]``: ``weight.sum(1)``.
+        linear_bias: ``beta``, ``[D]``.
+        mask: ``[...]`` (``projected`` without D), bool or number; where it is zero the shifted output is the real one.
+        stacked, output_mask: as in :func:`condition_shift_rms_norm`.
+
+    Returns:
+        ``(real, shifted)``, like ``projected``; stacked: ``([2B, ..., D], [0])``, real branch first. Differentiable in
+        all but ``mask``. Kept for backward are the small inputs, and ``projected`` only if ``scale`` is trained.
+
+    Moves 3N bytes forward for both outputs (2N for one), and saves the second product; backward 3N (2N), and N more
+    where ``scale`` is trained.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, a scale or bias per channel, ``stacked`` with one output.
+    """
+    return _ops.projected_condition_shift(
+        projected,
+        scale,
+        bias,
+        row_sums,
+        linear_bias=linear_bias,
+        mask=mask,
+        stacked=stacked,
+        output_mask=output_mask,
+    )
+
+
+def modulated_layer_norm(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm without parameters of its own, modulated per sample: ``(h - mean) / std * (1 + scale) + shift``.
+
+    Args:
+        hidden: ``[B, ..., D]``; fp32, bf16, fp16 or fp64.
+        scale: ``[B, D]``, any of the same dtypes and any strides.
+        shift: ``[B, D]``.
+        eps: added to the variance.
+
+    Returns:
+        ``(out, mean, rstd)``: like ``hidden``, and twice ``[B, ...]`` in fp32 (fp64 for an fp64 hidden state), without
+        gradient. Differentiable in ``hidden``, ``scale`` and ``shift``; kept for backward are the inputs and the row
+        statistics.
+
+    Moves 2N bytes forward and 3N backward.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, or a negative ``eps``.
+    """
+    return _ops.modulated_layer_norm(hidden, scale, shift, eps)
+
+
+def velocity_head(
+    hidden: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The end of a diffusion transformer: :func:`modulated_layer_norm`, then the projection to a velocity.
+
+    Kept for backward are ``hidden`` and its row statistics; the modulated state, which the gradient of ``weight``
+    needs, is made anew. The matrix products are torch's.
+
+    Args:
+        hidden: ``[B, ..., D]``.
+        scale, shift: ``[B, D]``.
+        weight: ``[O, D]``, dtype of ``hidden``; as everywhere here, autocast casts nothing.
+        bias: ``[O]``, dtype of ``hidden``, or None.
+        eps: added to the variance.
+
+    Returns:
+        Velocity ``[B, ..., O]``, differentiable in everything. Keeps 1N bytes, where torch's own modules keep up to 3N
+        (hidden, its norm for the gradient of ``scale``, the modulated state for that of ``weight``).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+    """
+    return _ops.velocity_head(hidden, scale, shift, weight, bias, eps)[0]
+
+
 __all__ = [
     "STATS",
     "condition_shift",
+    "condition_shift_rms_norm",
     "interpolate",
     "mixed_velocity_loss",
+    "modulated_layer_norm",
+    "projected_condition_shift",
     "renoise",
     "sampler_step",
     "shifted_velocity_loss",
     "shifted_velocity_loss_backward",
+    "shifted_velocity_loss_with_gradients",
+    "velocity_head",
 ]

@@ -194,6 +194,27 @@ def shifted_velocity_loss_backward(
     _per_sample(op, "grad_correction", grad_correction, "v_shift", v_shift)
 
 
+def shifted_velocity_loss_with_gradients(
+    weight_fake,
+    weight_correction,
+    v_shift,
+    v_real,
+    target,
+    *,
+    v_uncond=None,
+    guidance_scale=1.0,
+    clip: float | None = 1.0,
+    output_mask=None,
+    grad_gen_dtype=None,
+) -> None:
+    op = "shifted_velocity_loss_with_gradients"
+    _loss_arguments(op, v_shift, v_real, target, v_uncond, guidance_scale, clip)
+    if grad_gen_dtype is not None:
+        _float_type(op, "grad_gen_dtype", grad_gen_dtype)
+    _per_sample(op, "weight_fake", weight_fake, "v_shift", v_shift)
+    _per_sample(op, "weight_correction", weight_correction, "v_shift", v_shift)
+
+
 def mixed_velocity_loss(velocity, x, z, *, v_fake=None, mix_weight=0.0, op: str = "mixed_velocity_loss") -> None:
     _batched(op, "velocity", velocity)
     _sample(op, "x", x, "velocity", velocity)
@@ -256,6 +277,178 @@ def sampler_step_backward(
     ):
         if dtype is not None:
             _float_type(op, name, dtype)
+
+
+# ---- rows of channels (csrc/common/rows.h)
+
+
+def _rows(op: str, name: str, tensor: Tensor) -> None:
+    _float_type(op, name, tensor.dtype)
+    _require(tensor.dim() >= 1, op, f"{name} must be [..., D], got a tensor without dimensions")
+
+
+def _channels(op: str, name: str, values: Tensor, rows_name: str, rows: Tensor, *, number_too: bool = False) -> None:
+    _float_type(op, name, values.dtype)
+    channels = rows.shape[-1]
+    shapes = "[] or [D]" if number_too else "[D]"
+    message = f"{name} must be {shapes} with D = {channels}, the last dimension of {rows_name}, got {_shape(values)}"
+    _require(values.shape == (channels,) or (number_too and values.dim() == 0), op, message)
+    _on_device(op, name, values, rows_name, rows)
+
+
+def _token_mask(op: str, mask: Tensor | None, rows_name: str, rows: Tensor) -> None:
+    if mask is not None:
+        expected = list(rows.shape[:-1])
+        message = f"mask must have the shape of {rows_name} without D, {expected}, got {_shape(mask)}"
+        _require(list(mask.shape) == expected, op, message)
+        _on_device(op, "mask", mask, rows_name, rows)
+
+
+def _eps(op: str, eps: float) -> None:
+    _require(eps >= 0, op, f"eps must not be negative, got {eps:g}")
+
+
+def _branches(op: str, rows_name: str, rows: Tensor, stacked: bool, output_mask) -> None:
+    if stacked:
+        _require(rows.dim() >= 2, op, f"{rows_name} must be [B, ..., D] to be stacked, got {_shape(rows)}")
+        message = "stacked holds both branches, so output_mask must be [True, True]; leave one of them out"
+        _require(all(output_mask), op, message)
+
+
+def _branch_gradients(op, first, first_name, second, second_name, rows_name, rows, stacked) -> None:
+    _require(first is not None or second is not None, op, f"{first_name} or {second_name} must be given")
+    message = f"stacked has one gradient, {first_name}; leave {second_name} out"
+    _require(not stacked or second is None, op, message)
+    expected = list(rows.shape)
+    if stacked:
+        expected[0] *= 2
+    what = "both branches of" if stacked else "the shape of"
+    for name, grad in ((first_name, first), (second_name, second)):
+        if grad is not None:
+            _float_type(op, name, grad.dtype)
+            message = f"{name} must be {expected}, {what} {rows_name}, got {_shape(grad)}"
+            _require(list(grad.shape) == expected, op, message)
+            _on_device(op, name, grad, rows_name, rows)
+
+
+def condition_shift_rms_norm(
+    condition,
+    scale,
+    bias,
+    weight,
+    eps,
+    *,
+    mask=None,
+    stacked=False,
+    output_mask=(True, True),
+    op="condition_shift_rms_norm",
+) -> None:
+    _rows(op, "condition", condition)
+    _channels(op, "scale", scale, "condition", condition, number_too=True)
+    _channels(op, "bias", bias, "condition", condition, number_too=True)
+    _channels(op, "weight", weight, "condition", condition)
+    _token_mask(op, mask, "condition", condition)
+    _eps(op, eps)
+    _branches(op, "condition", condition, stacked, output_mask)
+
+
+def condition_shift_rms_norm_backward(
+    grad_normed, grad_shifted, condition, scale, bias, weight, eps, *, mask=None, stacked=False, output_mask=None
+) -> None:
+    op = "condition_shift_rms_norm_backward"
+    condition_shift_rms_norm(condition, scale, bias, weight, eps, mask=mask, stacked=stacked, op=op)
+    _branch_gradients(op, grad_normed, "grad_normed", grad_shifted, "grad_shifted", "condition", condition, stacked)
+
+
+def _projection_parameters(op, scale, bias, row_sums, rows_name, rows) -> None:
+    _channels(op, "row_sums", row_sums, rows_name, rows)
+    for name, value in (("scale", scale), ("bias", bias)):
+        _float_type(op, name, value.dtype)
+        message = (
+            f"{name} must be one number, [], got {_shape(value)}; one number per channel does not pass through the "
+            "linear layer: shift its input with condition_shift"
+        )
+        _require(value.dim() == 0, op, message)
+        _on_device(op, name, value, "row_sums", row_sums)
+
+
+def projected_condition_shift(
+    projected, scale, bias, row_sums, *, linear_bias=None, mask=None, stacked=False, output_mask=(True, True)
+) -> None:
+    op = "projected_condition_shift"
+    _rows(op, "projected", projected)
+    _projection_parameters(op, scale, bias, row_sums, "projected", projected)
+    if linear_bias is not None:
+        _channels(op, "linear_bias", linear_bias, "projected", projected)
+    _token_mask(op, mask, "projected", projected)
+    _branches(op, "projected", projected, stacked, output_mask)
+
+
+def projected_condition_shift_backward(
+    grad_real,
+    grad_shifted,
+    projected,
+    scale,
+    bias,
+    row_sums,
+    *,
+    mask=None,
+    stacked=False,
+    linear_bias_dtype,
+    output_mask,
+) -> None:
+    op = "projected_condition_shift_backward"
+    _require(grad_real is not None or grad_shifted is not None, op, "grad_real or grad_shifted must be given")
+    _float_type(op, "linear_bias_dtype", linear_bias_dtype)
+    grad = grad_shifted if grad_real is None else grad_real
+    _rows(op, "grad_shifted" if grad_real is None else "grad_real", grad)
+    _branches(op, "grad_real", grad, stacked, (True, True))
+    message = f"stacked needs grad_real with both branches, an even batch, got {_shape(grad)}"
+    _require(not stacked or (grad_real is not None and grad.shape[0] % 2 == 0), op, message)
+    like = grad[: grad.shape[0] // 2] if stacked else grad
+    rows = like if projected is None else projected
+    _branch_gradients(op, grad_real, "grad_real", grad_shifted, "grad_shifted", "projected", rows, stacked)
+    _projection_parameters(op, scale, bias, row_sums, "grad_real", like)
+    _token_mask(op, mask, "projected", like)
+    _require(projected is not None or not output_mask[1], op, "the gradient of scale needs projected")
+
+
+def _modulation(op: str, name: str, values: Tensor, hidden: Tensor) -> None:
+    _float_type(op, name, values.dtype)
+    expected = [hidden.shape[0], hidden.shape[-1]]
+    message = f"{name} must be [B, D] = {expected}, batch and channels of hidden, got {_shape(values)}"
+    _require(list(values.shape) == expected, op, message)
+    _on_device(op, name, values, "hidden", hidden)
+
+
+def _hidden(op: str, hidden: Tensor) -> None:
+    _float_type(op, "hidden", hidden.dtype)
+    _require(hidden.dim() >= 2, op, f"hidden must be [B, ..., D], got {_shape(hidden)}")
+
+
+def modulated_layer_norm(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
+    op = "modulated_layer_norm"
+    _hidden(op, hidden)
+    _modulation(op, "scale", scale, hidden)
+    _modulation(op, "shift", shift, hidden)
+    _eps(op, eps)
+
+
+def modulated_layer_norm_backward(grad, hidden, scale, mean, rstd, *, shift_dtype, output_mask=None) -> None:
+    op = "modulated_layer_norm_backward"
+    _hidden(op, hidden)
+    _sample(op, "grad", grad, "hidden", hidden)
+    _modulation(op, "scale", scale, hidden)
+    _float_type(op, "shift_dtype", shift_dtype)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = list(hidden.shape[:-1])
+    for name, values in (("mean", mean), ("rstd", rstd)):
+        message = (
+            f"{name} must be {_kind(dtype)} {rows}, as modulated_layer_norm returned it, "
+            f"got {_kind(values.dtype)} {_shape(values)}"
+        )
+        _require(list(values.shape) == rows and values.dtype == dtype, op, message)
+        _on_device(op, name, values, "hidden", hidden)
 
 
 def checks_of(op: str) -> Callable[..., None]:

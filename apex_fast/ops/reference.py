@@ -209,6 +209,34 @@ def shifted_velocity_loss_backward(
     return grad_gen, grad_shift, grad_target
 
 
+def shifted_velocity_loss_with_gradients(
+    weight_fake: Tensor,
+    weight_correction: Tensor,
+    v_shift: Tensor,
+    v_real: Tensor,
+    target: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    clip: float | None = 1.0,
+    output_mask: tuple[bool, bool] | list[bool] = (True, True),
+    grad_gen_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = {"v_uncond": v_uncond, "guidance_scale": guidance_scale, "clip": clip}
+    losses = shifted_velocity_loss(None, v_shift, v_real, target, **settings)
+    grad_gen, grad_shift, _ = shifted_velocity_loss_backward(
+        weight_fake,
+        weight_correction,
+        v_shift,
+        v_real,
+        target,
+        **settings,
+        output_mask=(*output_mask, False),
+        grad_gen_dtype=grad_gen_dtype,
+    )
+    return *losses, grad_gen, grad_shift
+
+
 # ---- mixed_velocity_loss
 
 
@@ -308,3 +336,208 @@ def sampler_step_backward(
         else:
             gradients.append(_nothing(grad))
     return tuple(gradients)
+
+
+# ---- a text path that starts with a norm
+
+
+def _branch(wanted: bool, values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).contiguous() if wanted else _nothing(like)
+
+
+def _both(real: Tensor, shifted: Tensor, like: Tensor, stacked: bool, output_mask) -> tuple[Tensor, Tensor]:
+    if stacked:
+        return torch.cat([real, shifted]).to(like.dtype), _nothing(like)
+    return _branch(output_mask[0], real, like), _branch(output_mask[1], shifted, like)
+
+
+def _halves(first: Tensor | None, second: Tensor | None, stacked: bool) -> tuple[Tensor | None, Tensor | None]:
+    if not stacked:
+        return first, second
+    half = first.shape[0] // 2
+    return first[:half], first[half:]
+
+
+def _summed(values: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return values.sum_to_size(parameter.shape).to(dtype or parameter.dtype).contiguous()
+
+
+def _shifted_tokens(mask: Tensor | None, like: Tensor) -> Tensor:
+    shape = like.shape[:-1]
+    keep = torch.ones(shape, dtype=torch.bool, device=like.device) if mask is None else mask.ne(0)
+    return keep.unsqueeze(-1)
+
+
+def _rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def condition_shift_rms_norm(
+    condition: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    mask: Tensor | None = None,
+    stacked: bool = False,
+    output_mask: tuple[bool, bool] | list[bool] = (True, True),
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(condition)
+    c, w = condition.to(dtype), weight.to(dtype)
+    real = _rms_norm(c, w, eps)
+    moved = torch.where(_shifted_tokens(mask, c), c * scale.to(dtype) + bias.to(dtype), c)
+    return _both(real, _rms_norm(moved, w, eps), condition, stacked, output_mask)
+
+
+def _rms_norm_backward(grad: Tensor, values: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the values and, per row, of the weight."""
+    reciprocal = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    normed, weighted = values * reciprocal, grad * weight
+    return reciprocal * (weighted - normed * (weighted * normed).mean(-1, keepdim=True)), grad * normed
+
+
+def condition_shift_rms_norm_backward(
+    grad_normed: Tensor | None,
+    grad_shifted: Tensor | None,
+    condition: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    mask: Tensor | None = None,
+    stacked: bool = False,
+    output_mask: tuple[bool, bool, bool, bool] | list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(condition)
+    c, a, w = condition.to(dtype), scale.to(dtype), weight.to(dtype)
+    keep = _shifted_tokens(mask, c)
+    grad_c = grad_a = grad_b = grad_w = torch.zeros_like(c)
+    first, second = _halves(grad_normed, grad_shifted, stacked)
+    if first is not None:
+        grad_c, grad_w = _rms_norm_backward(first.to(dtype), c, w, eps)
+    if second is not None:
+        moved = torch.where(keep, c * a + bias.to(dtype), c)
+        grad_moved, of_weight = _rms_norm_backward(second.to(dtype), moved, w, eps)
+        grad_c = grad_c + torch.where(keep, a * grad_moved, grad_moved)
+        grad_a, grad_b = torch.where(keep, grad_moved * c, 0.0), torch.where(keep, grad_moved, 0.0)
+        grad_w = grad_w + of_weight
+    wide = torch.float64
+    return (
+        _branch(output_mask[0], grad_c, condition),
+        _summed(grad_a.to(wide), scale) if output_mask[1] else _nothing(scale),
+        _summed(grad_b.to(wide), bias) if output_mask[2] else _nothing(bias),
+        _summed(grad_w.to(wide), weight) if output_mask[3] else _nothing(weight),
+    )
+
+
+# ---- a text path that starts with a linear layer
+
+
+def projected_condition_shift(
+    projected: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    stacked: bool = False,
+    output_mask: tuple[bool, bool] | list[bool] = (True, True),
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(projected)
+    p = projected.to(dtype)
+    beta = torch.zeros_like(row_sums, dtype=dtype) if linear_bias is None else linear_bias.to(dtype)
+    real = p + beta
+    shifted = scale.to(dtype) * p + (bias.to(dtype) * row_sums.to(dtype) + beta)
+    return _both(real, torch.where(_shifted_tokens(mask, p), shifted, real), projected, stacked, output_mask)
+
+
+def projected_condition_shift_backward(
+    grad_real: Tensor | None,
+    grad_shifted: Tensor | None,
+    projected: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor,
+    *,
+    mask: Tensor | None = None,
+    stacked: bool = False,
+    linear_bias_dtype: torch.dtype,
+    output_mask: tuple[bool, bool, bool, bool, bool] | list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, second = _halves(grad_real, grad_shifted, stacked)
+    like = second if first is None else first
+    dtype, wide = compute_dtype(like), torch.float64
+    real = torch.zeros_like(like, dtype=dtype) if first is None else first.to(dtype)
+    shifted = torch.zeros_like(like, dtype=dtype) if second is None else second.to(dtype)
+    keep = _shifted_tokens(mask, like)
+    moved = torch.where(keep, shifted, 0.0).to(wide)
+    grad_scale = _nothing(scale)
+    if output_mask[1]:
+        grad_scale = _summed(torch.where(keep, moved * projected.to(wide), 0.0), scale)
+    columns, sums = moved.sum_to_size(row_sums.shape), row_sums.to(wide)
+    return (
+        _branch(output_mask[0], real + torch.where(keep, scale.to(dtype) * shifted, shifted), like),
+        grad_scale,
+        (columns * sums).sum().to(bias.dtype) if output_mask[2] else _nothing(bias),
+        (columns * bias.to(wide)).to(row_sums.dtype) if output_mask[3] else _nothing(row_sums),
+        _summed((real + shifted).to(wide), row_sums, linear_bias_dtype)
+        if output_mask[4]
+        else _nothing(row_sums, linear_bias_dtype),
+    )
+
+
+# ---- the velocity head
+
+
+def _over_tokens(per_sample: Tensor, hidden: Tensor) -> Tensor:
+    return per_sample.reshape(per_sample.shape[0], *[1] * (hidden.dim() - 2), per_sample.shape[-1])
+
+
+def modulated_layer_norm(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(hidden)
+    h = hidden.to(dtype)
+    if hidden.shape[-1] == 0:
+        rows = h.new_zeros(hidden.shape[:-1])
+        return torch.empty_like(hidden, memory_format=torch.contiguous_format), rows, rows.clone()
+    mean = h.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((h - mean).square().mean(-1, keepdim=True) + eps)
+    out = (h - mean) * rstd * (1 + _over_tokens(scale.to(dtype), h)) + _over_tokens(shift.to(dtype), h)
+    return out.to(hidden.dtype).contiguous(), mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous()
+
+
+def modulated_layer_norm_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    shift_dtype: torch.dtype,
+    output_mask: tuple[bool, bool, bool] | list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, wide = compute_dtype(hidden), torch.float64
+    g, factor = grad.to(dtype), rstd.to(dtype).unsqueeze(-1)
+    normed = (hidden.to(dtype) - mean.to(dtype).unsqueeze(-1)) * factor
+    weighted = g * (1 + _over_tokens(scale.to(dtype), g))
+    product = (weighted * normed).mean(-1, keepdim=True)
+    grad_hidden = factor * (weighted - weighted.mean(-1, keepdim=True) - normed * product)
+    tokens = tuple(range(1, hidden.dim() - 1))
+
+    def over_tokens(values: Tensor) -> Tensor:
+        return values.to(wide).sum(tokens) if tokens else values.to(wide)
+
+    return (
+        _branch(output_mask[0], grad_hidden, hidden),
+        over_tokens(g * normed).to(scale.dtype) if output_mask[1] else _nothing(scale),
+        over_tokens(g).to(shift_dtype) if output_mask[2] else _nothing(scale, shift_dtype),
+    )
+
+
+def velocity_head(
+    hidden: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, rstd = modulated_layer_norm(hidden, scale, shift, eps)
+    return torch.nn.functional.linear(out, weight, bias), mean, rstd

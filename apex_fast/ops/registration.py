@@ -12,9 +12,19 @@ from torch import Tensor
 from .. import _library
 from . import checks, reference
 
-OPS = ("condition_shift", "interpolate", "renoise", "shifted_velocity_loss", "mixed_velocity_loss", "sampler_step")
-CUDA_OPS = ("interpolate",)  # those with sources in csrc/cuda
-TWINS = tuple(name + suffix for name in OPS for suffix in ("", "_backward"))
+SAMPLE_OPS = (
+    "condition_shift",
+    "interpolate",
+    "renoise",
+    "shifted_velocity_loss",
+    "mixed_velocity_loss",
+    "sampler_step",
+)
+ROW_OPS = ("condition_shift_rms_norm", "projected_condition_shift", "modulated_layer_norm")
+OPS = SAMPLE_OPS + ROW_OPS
+CUDA_OPS = SAMPLE_OPS  # those with sources in csrc/cuda
+ONE_PASS = "shifted_velocity_loss_with_gradients"  # built with shifted_velocity_loss
+TWINS = (*(name + suffix for name in OPS for suffix in ("", "_backward")), ONE_PASS)
 
 _told: set[str] = set()
 
@@ -29,7 +39,7 @@ def _device_of(arguments: tuple[object, ...]) -> str:
 def _mend(op: str, device: str) -> str:
     if device != "cuda":
         return "there are kernels for cpu and cuda only"
-    if op.removesuffix("_backward") not in CUDA_OPS:
+    if op.removesuffix("_backward").removesuffix("_with_gradients") not in CUDA_OPS:
         return "this version of apex_fast has no CUDA kernel of it; a later one may"
     return "put nvcc on PATH, then APEX_FAST_CUDA=on pip install --force-reinstall --no-deps . in the source folder"
 
@@ -135,6 +145,26 @@ def _fake_shifted_velocity_loss_backward(
     )
 
 
+def _fake_shifted_velocity_loss_with_gradients(
+    weight_fake,
+    weight_correction,
+    v_shift,
+    v_real,
+    target,
+    *,
+    v_uncond=None,
+    guidance_scale=1.0,
+    clip=1.0,
+    output_mask=(True, True),
+    grad_gen_dtype=None,
+):
+    return (
+        *_fake_shifted_velocity_loss(None, v_shift, v_real, target, v_uncond=v_uncond),
+        _like(output_mask[0], v_shift, grad_gen_dtype),
+        _like(output_mask[1], v_shift),
+    )
+
+
 def _fake_mixed_velocity_loss(velocity, x, z, *, v_fake=None, mix_weight=0.0):
     return velocity.new_empty(velocity.shape[0], dtype=_loss_dtype(velocity, x, z, v_fake))
 
@@ -168,8 +198,72 @@ def _fake_sampler_step_backward(
     )
 
 
+def _fake_branches(rows, stacked, output_mask):
+    if stacked:
+        return rows.new_empty((2 * rows.shape[0], *rows.shape[1:])), rows.new_empty(0)
+    return tuple(rows.new_empty(rows.shape if wanted else 0) for wanted in output_mask)
+
+
+def _fake_parameters(parameters, wanted):
+    return tuple(p.new_empty(p.shape if one else 0) for p, one in zip(parameters, wanted, strict=True))
+
+
+def _fake_condition_shift_rms_norm(
+    condition, scale, bias, weight, eps, *, mask=None, stacked=False, output_mask=(True, True)
+):
+    return _fake_branches(condition, stacked, output_mask)
+
+
+def _fake_condition_shift_rms_norm_backward(
+    grad_normed, grad_shifted, condition, scale, bias, weight, eps, *, mask=None, stacked=False, output_mask
+):
+    return _fake_parameters((condition, scale, bias, weight), output_mask)
+
+
+def _fake_projected_condition_shift(
+    projected, scale, bias, row_sums, *, linear_bias=None, mask=None, stacked=False, output_mask=(True, True)
+):
+    return _fake_branches(projected, stacked, output_mask)
+
+
+def _fake_projected_condition_shift_backward(
+    grad_real,
+    grad_shifted,
+    projected,
+    scale,
+    bias,
+    row_sums,
+    *,
+    mask=None,
+    stacked=False,
+    linear_bias_dtype,
+    output_mask,
+):
+    like = grad_shifted if grad_real is None else grad_real
+    shape = (like.shape[0] // 2, *like.shape[1:]) if stacked else like.shape
+    linear_bias = row_sums.new_empty(row_sums.shape if output_mask[4] else 0, dtype=linear_bias_dtype)
+    return (
+        like.new_empty(shape if output_mask[0] else 0),
+        *_fake_parameters((scale, bias, row_sums), output_mask[1:4]),
+        linear_bias,
+    )
+
+
+def _fake_modulated_layer_norm(hidden, scale, shift, eps):
+    statistics = [hidden.new_empty(hidden.shape[:-1], dtype=_loss_dtype(hidden)) for _ in range(2)]
+    return hidden.new_empty(hidden.shape), *statistics
+
+
+def _fake_modulated_layer_norm_backward(grad, hidden, scale, mean, rstd, *, shift_dtype, output_mask):
+    shift = scale.new_empty(scale.shape if output_mask[2] else 0, dtype=shift_dtype)
+    return *_fake_parameters((hidden, scale), output_mask[:2]), shift
+
+
 def register() -> None:
-    """Load the compiled library and add what Python adds to its ops. Called once, by ``import apex_fast.ops``."""
+    """Load the compiled library and add what Python adds to its ops. Called once, by ``import apex_fast.ops``.
+
+    ``velocity_head`` is made of other ops, with one body for every device: it needs nothing from here.
+    """
     _library.load()
     setting = _library.kernels_setting()
     for op in TWINS:

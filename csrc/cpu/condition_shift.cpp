@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include "common/checks.h"
+#include "common/condition_shift_arguments.h"
 #include "common/registration.h"
 #include "cpu/kernels.h"
 
@@ -11,14 +11,7 @@ namespace apex_fast::cpu {
 
 namespace {
 
-void check_parameter(const char* op, const char* name, const at::Tensor& parameter, const at::Tensor& condition) {
-  check_float(op, name, parameter);
-  TORCH_CHECK(parameter.dim() == 0 || (parameter.dim() == 1 && parameter.size(0) == condition.size(-1)), op, ": ", name,
-              " must be [] or [D] with D = ", condition.size(-1), ", the last dimension of condition, got ",
-              parameter.sizes());
-  TORCH_CHECK(parameter.device() == condition.device(), op, ": ", name, " must be on the device of condition, got ",
-              parameter.device(), " and ", condition.device());
-}
+static_assert(Rows::max_dims + 1 == max_condition_dims);
 
 Rows rows_of(const at::Tensor& tensor) {
   Rows rows{};
@@ -41,19 +34,9 @@ Operand parameter_of(const at::Tensor& parameter) {
 struct Problem : ConditionShiftProblem {
   Problem(const char* op, const at::Tensor& condition_, const at::Tensor& scale_, const at::Tensor& bias_,
           const std::optional<at::Tensor>& mask_) {
-    check_float(op, "condition", condition_);
-    TORCH_CHECK(condition_.dim() >= 1 && condition_.dim() <= Rows::max_dims + 1, op,
-                ": condition must be [..., D] with 1 to ", Rows::max_dims + 1, " dimensions, got ", condition_.sizes());
-    check_parameter(op, "scale", scale_, condition_);
-    check_parameter(op, "bias", bias_, condition_);
+    check_condition_shift(op, condition_, scale_, bias_, mask_);
     if (mask_) {
-      TORCH_CHECK(mask_->sizes() == condition_.sizes().slice(0, condition_.dim() - 1), op,
-                  ": mask must have the shape of condition without D, ",
-                  condition_.sizes().slice(0, condition_.dim() - 1), ", got ", mask_->sizes());
-      TORCH_CHECK(mask_->device() == condition_.device(), op, ": mask must be on the device of condition, got ",
-                  mask_->device(), " and ", condition_.device());
-      // One byte per token, where the condition has D numbers: the one copy this op may make.
-      keep_ = (mask_->scalar_type() == at::kBool ? *mask_ : mask_->ne(0)).contiguous();
+      keep_ = mask_bytes(*mask_);
       mask = reinterpret_cast<const uint8_t*>(keep_.const_data_ptr<bool>());
     } else {
       mask = nullptr;

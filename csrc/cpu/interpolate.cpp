@@ -1,4 +1,4 @@
-#include "common/checks.h"
+#include "common/interpolate_arguments.h"
 #include "common/layout.h"
 #include "common/registration.h"
 #include "cpu/kernels.h"
@@ -7,11 +7,7 @@
 namespace apex_fast::cpu {
 
 at::Tensor interpolate_cpu(const at::Tensor& x, const at::Tensor& z, const at::Tensor& t) {
-  constexpr auto op = "interpolate";
-  check_batched(op, "x", x);
-  check_sample(op, "z", z, "x", x);
-  check_same_dtype(op, "z", z, "x", x);
-  check_per_sample(op, "t", t, "x", x);
+  check_interpolate(x, z, t);
   SampleLayout layout(x);
   at::Tensor x_t = layout.make(x.scalar_type());
   if (x.numel() == 0) return x_t;
@@ -22,9 +18,7 @@ at::Tensor interpolate_cpu(const at::Tensor& x, const at::Tensor& z, const at::T
 
 std::tuple<at::Tensor, at::Tensor> interpolate_backward_cpu(const at::Tensor& grad, const at::Tensor& t,
                                                             std::array<bool, 2> output_mask) {
-  constexpr auto op = "interpolate_backward";
-  check_batched(op, "grad", grad);
-  check_per_sample(op, "t", t, "grad", grad);
+  check_interpolate_backward(grad, t);
   const Times times = times_of(t);
   const auto gradients = scaled_copies<2>(grad, {grad.scalar_type(), grad.scalar_type()}, output_mask, [&](int64_t b) {
     const double time = time_at(times, b);

@@ -33,6 +33,45 @@ struct ConditionShiftProblem {
   bool wide;  // compute in fp64
 };
 
+// A text path that starts with a norm: [rows, channels], dense. Parameters are outer_stride apart; 0 spreads a
+// single number.
+struct ConditionShiftRmsNormProblem {
+  int64_t rows;
+  int64_t channels;
+  Operand condition;
+  Operand scale;        // [1] or [channels]
+  Operand bias;         // [1] or [channels]
+  Operand weight;       // [channels]
+  const uint8_t* mask;  // [rows], nonzero = shift this token; nullptr = all
+  double eps;
+  bool wide;
+};
+
+// A text path that starts with a linear layer: [rows, channels], dense.
+struct ProjectedConditionShiftProblem {
+  int64_t rows;
+  int64_t channels;
+  Operand projected;    // W c
+  Operand row_sums;     // [channels], W 1
+  Operand linear_bias;  // [channels] or absent
+  double scale;
+  double bias;
+  const uint8_t* mask;  // [rows], nonzero = shift this token; nullptr = all
+  bool wide;
+};
+
+// hidden is [batch, rows_per_sample, channels], dense; scale and shift are [batch, channels] with strides.
+struct ModulatedLayerNormProblem {
+  int64_t batch;
+  int64_t rows_per_sample;
+  int64_t channels;
+  Operand hidden;
+  Operand scale;
+  Operand shift;
+  double eps;
+  bool wide;
+};
+
 // How the reductions are cut. Only the problem decides, never the number of threads, so that results repeat bit for
 // bit.
 constexpr int64_t reduction_chunk = 16384;  // elements of one sample per partial sum
@@ -71,6 +110,13 @@ struct KernelTable {
                                          const Operand& grad_gen, const Operand& grad_shift, const Operand& grad_target,
                                          bool wide);
 
+  // Both of the above at once; partials and weights as there.
+  void (*shifted_velocity_loss_with_gradients)(const Geometry&, const Operand& v_shift, const Operand& v_real,
+                                               const Operand& v_uncond, const Operand& target, double guidance_scale,
+                                               double clip, const double* weight_correction, const double* weight_fake,
+                                               double* partials, const Operand& grad_gen, const Operand& grad_shift,
+                                               bool wide);
+
   // partials: [batch, chunks] fp64
   void (*mixed_velocity_loss)(const Geometry&, const Operand& velocity, const Operand& x, const Operand& z,
                               const Operand& v_fake, double mix_weight, double* partials, bool wide);
@@ -86,6 +132,28 @@ struct KernelTable {
   // per sample
   void (*scaled_copies)(const Geometry&, const Operand& grad, int count, const double* const* factors,
                         const Operand* out, bool wide);
+
+  // The partial sums of the three below are [chunks, channels] fp64 with rows_per_chunk rows in each (of one sample in
+  // the last one: [batch, chunks, channels]); those of one function are wanted together or one by one, as it says.
+  void (*condition_shift_rms_norm)(const ConditionShiftRmsNormProblem&, const Operand& normed,
+                                   const Operand& normed_shifted);
+  // one by one
+  void (*condition_shift_rms_norm_backward)(const ConditionShiftRmsNormProblem&, const Operand& grad_normed,
+                                            const Operand& grad_shifted, const Operand& grad_condition,
+                                            double* partial_scale, double* partial_bias, double* partial_weight);
+
+  void (*projected_condition_shift)(const ProjectedConditionShiftProblem&, const Operand& real, const Operand& shifted);
+  // all or none: sums of grad_shifted * projected and of grad_shifted over shifted tokens, of both gradients over all
+  void (*projected_condition_shift_backward)(const ProjectedConditionShiftProblem&, const Operand& grad_real,
+                                             const Operand& grad_shifted, const Operand& grad_projected,
+                                             double* partial_product, double* partial_shifted, double* partial_all);
+
+  // mean, rstd: [batch, rows_per_sample] fp32, fp64 if wide
+  void (*modulated_layer_norm)(const ModulatedLayerNormProblem&, const Operand& out, void* mean, void* rstd);
+  // both or none
+  void (*modulated_layer_norm_backward)(const ModulatedLayerNormProblem&, const Operand& grad, const void* mean,
+                                        const void* rstd, const Operand& grad_hidden, double* partial_scale,
+                                        double* partial_shift);
 };
 
 const KernelTable& table_default();

@@ -1,33 +1,16 @@
 #include <ATen/ops/empty.h>
 
-#include "common/checks.h"
 #include "common/layout.h"
+#include "common/mixed_velocity_loss_arguments.h"
 #include "common/registration.h"
 #include "cpu/kernels.h"
 #include "cpu/partial_sums.h"
 
 namespace apex_fast::cpu {
 
-namespace {
-
-void check_arguments(const char* op, const at::Tensor& velocity, const at::Tensor& x, const at::Tensor& z,
-                     const std::optional<at::Tensor>& v_fake, double mix_weight) {
-  check_batched(op, "velocity", velocity);
-  check_sample(op, "x", x, "velocity", velocity);
-  check_sample(op, "z", z, "velocity", velocity);
-  check_same_dtype(op, "z", z, "x", x);
-  check_state(op, "x", x, "velocity", velocity);
-  if (v_fake) check_sample(op, "v_fake", *v_fake, "velocity", velocity);
-  TORCH_CHECK(v_fake || mix_weight == 0.0, op, ": mix_weight ", mix_weight,
-              " needs v_fake, the velocity under the shifted condition; pass it, or leave mix_weight at 0");
-}
-
-}  // namespace
-
 at::Tensor mixed_velocity_loss_cpu(const at::Tensor& velocity, const at::Tensor& x, const at::Tensor& z,
                                    const std::optional<at::Tensor>& v_fake, double mix_weight) {
-  constexpr auto op = "mixed_velocity_loss";
-  check_arguments(op, velocity, x, z, v_fake, mix_weight);
+  check_mixed_velocity_loss("mixed_velocity_loss", velocity, x, z, v_fake, mix_weight);
   const auto type = compute_type(velocity, x, v_fake);
   at::Tensor loss = at::empty({velocity.size(0)}, velocity.options().dtype(type));
   if (velocity.numel() == 0) return loss.zero_();
@@ -50,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_velocity_loss_backward_cpu(
     const at::Tensor& grad, const at::Tensor& velocity, const at::Tensor& x, const at::Tensor& z,
     const std::optional<at::Tensor>& v_fake, double mix_weight, std::array<bool, 3> output_mask) {
   constexpr auto op = "mixed_velocity_loss_backward";
-  check_arguments(op, velocity, x, z, v_fake, mix_weight);
+  check_mixed_velocity_loss(op, velocity, x, z, v_fake, mix_weight);
   check_per_sample(op, "grad", grad, "velocity", velocity);
   SampleLayout layout(velocity);
   const at::ScalarType types[3] = {velocity.scalar_type(), x.scalar_type(), z.scalar_type()};

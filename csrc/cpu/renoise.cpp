@@ -1,20 +1,13 @@
-#include "common/checks.h"
 #include "common/layout.h"
 #include "common/registration.h"
+#include "common/renoise_arguments.h"
 #include "cpu/kernels.h"
 
 namespace apex_fast::cpu {
 
 std::tuple<at::Tensor, at::Tensor> renoise_cpu(const at::Tensor& velocity, const at::Tensor& x_s, const at::Tensor& s,
                                                const at::Tensor& z, const at::Tensor& t) {
-  constexpr auto op = "renoise";
-  check_batched(op, "x_s", x_s);
-  check_sample(op, "velocity", velocity, "x_s", x_s);
-  check_sample(op, "z", z, "x_s", x_s);
-  check_same_dtype(op, "z", z, "x_s", x_s);
-  check_state(op, "x_s", x_s, "velocity", velocity);
-  check_per_sample(op, "s", s, "x_s", x_s);
-  check_per_sample(op, "t", t, "x_s", x_s);
+  check_renoise(velocity, x_s, s, z, t);
   SampleLayout layout(x_s);
   at::Tensor x_fake_t = layout.make(x_s.scalar_type()), target = layout.make(x_s.scalar_type());
   if (x_s.numel() == 0) return {x_fake_t, target};
@@ -26,12 +19,7 @@ std::tuple<at::Tensor, at::Tensor> renoise_cpu(const at::Tensor& velocity, const
 
 at::Tensor renoise_backward_cpu(const at::Tensor& grad_x_fake_t, const at::Tensor& grad_target, const at::Tensor& s,
                                 const at::Tensor& t, at::ScalarType velocity_dtype) {
-  constexpr auto op = "renoise_backward";
-  check_float_type(op, "velocity_dtype", velocity_dtype);
-  check_batched(op, "grad_x_fake_t", grad_x_fake_t);
-  check_sample(op, "grad_target", grad_target, "grad_x_fake_t", grad_x_fake_t);
-  check_per_sample(op, "s", s, "grad_x_fake_t", grad_x_fake_t);
-  check_per_sample(op, "t", t, "grad_x_fake_t", grad_x_fake_t);
+  check_renoise_backward(grad_x_fake_t, grad_target, s, t, velocity_dtype);
   SampleLayout layout(grad_x_fake_t);
   at::Tensor grad_velocity = layout.make(velocity_dtype);
   if (grad_velocity.numel() == 0) return grad_velocity;

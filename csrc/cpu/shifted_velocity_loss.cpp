@@ -1,11 +1,8 @@
-#include <limits>
-
 #include <ATen/ops/empty.h>
 
-#include "common/checks.h"
-#include "common/guidance.h"
 #include "common/layout.h"
 #include "common/registration.h"
+#include "common/shifted_velocity_loss_arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/partial_sums.h"
 #include "math/shifted_velocity_loss.h"
@@ -14,36 +11,37 @@ namespace apex_fast::cpu {
 
 namespace {
 
-void check_arguments(const char* op, const at::Tensor& v_shift, const at::Tensor& v_real, const at::Tensor& target,
-                     const std::optional<at::Tensor>& v_uncond, double guidance_scale, std::optional<double> clip) {
-  check_batched(op, "v_shift", v_shift);
-  check_sample(op, "v_real", v_real, "v_shift", v_shift);
-  check_sample(op, "target", target, "v_shift", v_shift);
-  check_state(op, "target", target, "v_shift", v_shift);
-  check_guidance(op, v_uncond, guidance_scale, "v_shift", v_shift);
-  TORCH_CHECK(!clip || *clip > 0, op, ": clip must be positive, got ", *clip, "; clip=None switches it off");
-}
-
-constexpr double no_clip = std::numeric_limits<double>::infinity();
-
 template <class T>
-void store(const PartialSums& sums, int64_t n, at::Tensor& fake, at::Tensor& correction, at::Tensor& stats) {
+void store(const PartialSums& sums, double scale, at::Tensor& fake, at::Tensor& correction, at::Tensor& stats) {
   T* const fake_out = fake.mutable_data_ptr<T>();
   T* const correction_out = correction.mutable_data_ptr<T>();
   T* row = stats.mutable_data_ptr<T>();
-  const double scale = 1.0 / static_cast<double>(n);
-  for (int64_t b = 0; b < sums.batch; ++b, row += 7) {
-    fake_out[b] = static_cast<T>(sums.total(b, 0) * scale);
-    correction_out[b] = static_cast<T>(sums.total(b, 2) * scale);
-    row[0] = static_cast<T>(sums.total(b, 1));
-    row[1] = static_cast<T>(sums.total(b, 2));
-    row[2] = static_cast<T>(sums.total(b, 3) * scale);
-    row[3] = static_cast<T>(sums.total(b, 4));
-    row[4] = static_cast<T>(sums.total(b, 5));
-    row[5] = static_cast<T>(sums.total(b, 6));
-    row[6] = static_cast<T>(sums.total(b, 7) * scale);
+  for (int64_t b = 0; b < sums.batch; ++b, row += math::shifted_velocity_stats) {
+    double totals[math::ShiftedVelocitySums<double>::count];
+    for (int k = 0; k < math::ShiftedVelocitySums<double>::count; ++k)
+      totals[k] = sums.total(b, k);
+    fake_out[b] = static_cast<T>(math::fake_loss(totals, scale));
+    correction_out[b] = static_cast<T>(math::correction_loss(totals, scale));
+    for (int k = 0; k < math::shifted_velocity_stats; ++k)
+      row[k] = static_cast<T>(math::shifted_velocity_stat(totals, k, scale));
   }
 }
+
+struct Losses {
+  at::Tensor fake, correction, stats;
+
+  Losses(const at::Tensor& v_shift, at::ScalarType type)
+      : fake(at::empty({v_shift.size(0)}, v_shift.options().dtype(type))),
+        correction(at::empty({v_shift.size(0)}, fake.options())),
+        stats(at::empty({v_shift.size(0), math::shifted_velocity_stats}, fake.options())) {}
+
+  void zero() { fake.zero_(), correction.zero_(), stats.zero_(); }
+
+  void take(const PartialSums& sums, const Geometry& g) {
+    const double scale = 1.0 / static_cast<double>(g.sample_size());
+    (fake.scalar_type() == at::kDouble ? store<double> : store<float>)(sums, scale, fake, correction, stats);
+  }
+};
 
 }  // namespace
 
@@ -52,31 +50,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> shifted_velocity_loss_cpu(
     const at::Tensor& target, const std::optional<at::Tensor>& v_uncond, double guidance_scale,
     std::optional<double> clip) {
   constexpr auto op = "shifted_velocity_loss";
-  check_arguments(op, v_shift, v_real, target, v_uncond, guidance_scale, clip);
-  if (v_gen) {
-    check_sample(op, "v_gen", *v_gen, "v_shift", v_shift);
-    check_same_dtype(op, "v_gen", *v_gen, "v_shift", v_shift);
-  }
+  check_shifted_velocities(op, v_shift, v_real, target, v_uncond, guidance_scale, clip);
+  check_generated_velocity(op, v_gen, v_shift);
   const auto type = compute_type(v_shift, v_real, target, v_uncond);
-  const int64_t batch = v_shift.size(0);
-  at::Tensor fake = at::empty({batch}, v_shift.options().dtype(type));
-  at::Tensor correction = at::empty({batch}, fake.options());
-  at::Tensor stats = at::empty({batch, 7}, fake.options());
+  Losses losses(v_shift, type);
   if (v_shift.numel() == 0) {
-    fake.zero_(), correction.zero_(), stats.zero_();
-    return {fake, correction, stats};
+    losses.zero();
+  } else {
+    SampleLayout layout(v_shift);
+    const Geometry& g = layout.geometry();
+    PartialSums sums(g, math::ShiftedVelocitySums<double>::count);
+    table().shifted_velocity_loss(g, layout.operand(v_shift), layout.operand(v_real), layout.operand(v_uncond),
+                                  layout.operand(target), guidance_scale, clip.value_or(no_clip), sums.values.data(),
+                                  type == at::kDouble);
+    losses.take(sums, g);
   }
-  SampleLayout layout(v_shift);
-  const Geometry& g = layout.geometry();
-  PartialSums sums(g, math::ShiftedVelocitySums<double>::count);
-  table().shifted_velocity_loss(g, layout.operand(v_shift), layout.operand(v_real), layout.operand(v_uncond),
-                                layout.operand(target), guidance_scale, clip.value_or(no_clip), sums.values.data(),
-                                type == at::kDouble);
-  if (type == at::kDouble)
-    store<double>(sums, g.sample_size(), fake, correction, stats);
-  else
-    store<float>(sums, g.sample_size(), fake, correction, stats);
-  return {fake, correction, stats};
+  return {losses.fake, losses.correction, losses.stats};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> shifted_velocity_loss_backward_cpu(
@@ -84,10 +73,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> shifted_velocity_loss_backward_cp
     const at::Tensor& target, const std::optional<at::Tensor>& v_uncond, double guidance_scale,
     std::optional<double> clip, std::array<bool, 3> output_mask, std::optional<at::ScalarType> grad_gen_dtype) {
   constexpr auto op = "shifted_velocity_loss_backward";
-  check_arguments(op, v_shift, v_real, target, v_uncond, guidance_scale, clip);
-  if (grad_gen_dtype) check_float_type(op, "grad_gen_dtype", *grad_gen_dtype);
-  check_per_sample(op, "grad_fake", grad_fake, "v_shift", v_shift);
-  check_per_sample(op, "grad_correction", grad_correction, "v_shift", v_shift);
+  check_shifted_velocities(op, v_shift, v_real, target, v_uncond, guidance_scale, clip);
+  check_loss_derivatives(op, "grad_fake", grad_fake, "grad_correction", grad_correction, v_shift, grad_gen_dtype);
   SampleLayout layout(v_shift);
   const at::ScalarType types[3] = {grad_gen_dtype.value_or(v_shift.scalar_type()), v_shift.scalar_type(),
                                    target.scalar_type()};
@@ -110,9 +97,47 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> shifted_velocity_loss_backward_cp
   return {gradients[0], gradients[1], gradients[2]};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> shifted_velocity_loss_with_gradients_cpu(
+    const at::Tensor& weight_fake, const at::Tensor& weight_correction, const at::Tensor& v_shift,
+    const at::Tensor& v_real, const at::Tensor& target, const std::optional<at::Tensor>& v_uncond,
+    double guidance_scale, std::optional<double> clip, std::array<bool, 2> output_mask,
+    std::optional<at::ScalarType> grad_gen_dtype) {
+  constexpr auto op = "shifted_velocity_loss_with_gradients";
+  check_shifted_velocities(op, v_shift, v_real, target, v_uncond, guidance_scale, clip);
+  check_loss_derivatives(op, "weight_fake", weight_fake, "weight_correction", weight_correction, v_shift,
+                         grad_gen_dtype);
+  const auto type = compute_type(v_shift, v_real, target, v_uncond);
+  const at::ScalarType types[2] = {grad_gen_dtype.value_or(v_shift.scalar_type()), v_shift.scalar_type()};
+  Losses losses(v_shift, type);
+  SampleLayout layout(v_shift);
+  const Geometry& g = layout.geometry();
+  at::Tensor gradients[2];
+  Operand outputs[2] = {SampleLayout::absent, SampleLayout::absent};
+  bool wide = type == at::kDouble;
+  for (int k = 0; k < 2; ++k) {
+    gradients[k] = output_mask[k] ? layout.make(types[k]) : at::empty({0}, v_shift.options().dtype(types[k]));
+    if (output_mask[k]) outputs[k] = layout.output(gradients[k]);
+    wide = wide || (output_mask[k] && types[k] == at::kDouble);
+  }
+  if (v_shift.numel() == 0) {
+    losses.zero();
+  } else {
+    PartialSums sums(g, math::ShiftedVelocitySums<double>::count);
+    const double factor = 2.0 / static_cast<double>(g.sample_size());
+    const auto correction = per_sample(weight_correction, factor), fake = per_sample(weight_fake, factor);
+    table().shifted_velocity_loss_with_gradients(g, layout.operand(v_shift), layout.operand(v_real),
+                                                 layout.operand(v_uncond), layout.operand(target), guidance_scale,
+                                                 clip.value_or(no_clip), correction.data(), fake.data(),
+                                                 sums.values.data(), outputs[0], outputs[1], wide);
+    losses.take(sums, g);
+  }
+  return {losses.fake, losses.correction, losses.stats, gradients[0], gradients[1]};
+}
+
 }  // namespace apex_fast::cpu
 
 APEX_FAST_KERNELS_FOR(CPU, m) {
   m.impl("shifted_velocity_loss", &apex_fast::cpu::shifted_velocity_loss_cpu);
   m.impl("shifted_velocity_loss_backward", &apex_fast::cpu::shifted_velocity_loss_backward_cpu);
+  m.impl("shifted_velocity_loss_with_gradients", &apex_fast::cpu::shifted_velocity_loss_with_gradients_cpu);
 }

@@ -1,18 +1,99 @@
 // Launchers of the CUDA kernels. No torch header and no CUDA header: the glue in csrc/cuda/*.cpp calls them,
-// csrc/cuda/*.cu define them. Each takes the stream as an opaque pointer and returns the cudaError_t of its launch as
-// an int (0 is success).
+// csrc/cuda/*.cu define them. Each takes the stream as an opaque pointer and returns the cudaError_t of its launches as
+// an int (0 is success). No size may be zero. `wide` asks for fp64 arithmetic, and must where any operand is fp64. An
+// output whose data is nullptr is not written.
 #pragma once
 
+#include <cstdint>
+
 #include "common/geometry.h"
+#include "cuda/rows.h"
 
 namespace apex_fast::cuda {
 
-// x, z and x_t share one dtype.
 int interpolate(const Geometry& geometry, const Operand& x, const Operand& z, const Times& t, const Operand& x_t,
-                void* stream);
-
-// grad, grad_x and grad_z share one dtype. An output whose data is nullptr is not written.
+                bool wide, void* stream);
 int interpolate_backward(const Geometry& geometry, const Operand& grad, const Times& t, const Operand& grad_x,
-                         const Operand& grad_z, void* stream);
+                         const Operand& grad_z, bool wide, void* stream);
+
+int renoise(const Geometry& geometry, const Operand& velocity, const Operand& x_s, const Operand& z, const Times& s,
+            const Times& t, const Operand& x_fake_t, const Operand& target, bool wide, void* stream);
+int renoise_backward(const Geometry& geometry, const Operand& grad_x_fake_t, const Operand& grad_target, const Times& s,
+                     const Times& t, const Operand& grad_velocity, bool wide, void* stream);
+
+int sampler_step(const Geometry& geometry, const Operand& x, const Operand& velocity, const Operand& v_uncond,
+                 const Operand& noise, const Times& t, const Times& t_next, double guidance_scale, double stochasticity,
+                 const Operand& out, bool wide, void* stream);
+// gradients: x, velocity, v_uncond, noise
+int sampler_step_backward(const Geometry& geometry, const Operand& grad, const Times& t, const Times& t_next,
+                          double guidance_scale, double stochasticity, bool guided, const Operand (&gradients)[4],
+                          bool wide, void* stream);
+
+// The velocities and the settings of shifted_velocity_loss; v_uncond may be absent.
+struct ShiftedVelocities {
+  Operand v_shift, v_real, target, v_uncond;
+  double guidance_scale;
+  double clip;  // infinity: none
+};
+
+// Where the results of shifted_velocity_loss go: fake [batch], correction [batch], stats [batch, 7], all F32 or all
+// F64.
+struct ShiftedVelocityResults {
+  void* fake;
+  void* correction;
+  void* stats;
+  DType dtype;
+};
+
+// partials: partial_sums(geometry, v_shift, ShiftedVelocitySums::count) numbers
+int shifted_velocity_loss(const Geometry& geometry, const ShiftedVelocities& velocities, double* partials,
+                          const ShiftedVelocityResults& results, bool wide, void* stream);
+// grad_fake, grad_correction: [batch], derivatives of a total by the losses. gradients: v_gen, v_shift, target
+int shifted_velocity_loss_backward(const Geometry& geometry, const ShiftedVelocities& velocities,
+                                   const Times& grad_fake, const Times& grad_correction, const Operand (&gradients)[3],
+                                   bool wide, void* stream);
+// Both at once. gradients: v_gen, v_shift
+int shifted_velocity_loss_with_gradients(const Geometry& geometry, const ShiftedVelocities& velocities,
+                                         const Times& weight_fake, const Times& weight_correction, double* partials,
+                                         const ShiftedVelocityResults& results, const Operand (&gradients)[2],
+                                         bool wide, void* stream);
+
+// partials: partial_sums(geometry, velocity, 1) numbers; loss: [batch], F32 or F64
+int mixed_velocity_loss(const Geometry& geometry, const Operand& velocity, const Operand& x, const Operand& z,
+                        const Operand& v_fake, double mix_weight, double* partials, void* loss, DType loss_dtype,
+                        bool wide, void* stream);
+// gradients: velocity, x, z
+int mixed_velocity_loss_backward(const Geometry& geometry, const Operand& velocity, const Operand& x, const Operand& z,
+                                 const Operand& v_fake, double mix_weight, const Times& grad,
+                                 const Operand (&gradients)[3], bool wide, void* stream);
+
+// scale or bias of condition_shift: a number, or one per channel
+struct Parameter {
+  const void* data;
+  DType dtype;
+  bool is_vector;
+  int64_t stride;  // in elements
+};
+
+struct ConditionShift {
+  int64_t rows;
+  int64_t channels;
+  RowDims dims;
+  Parameter scale;
+  Parameter bias;
+  const uint8_t* mask;  // [rows], nonzero = shift this token; nullptr = all
+};
+
+// The sum of `rows` partial sums for each of `columns` numbers, rounded to `dtype`.
+struct ParameterGradient {
+  double* partials;  // parameter_partials(...) numbers; nullptr: not wanted
+  void* out;         // like the parameter, contiguous
+};
+
+int condition_shift(const ConditionShift& problem, const RowOperand& condition, const RowOperand& out, bool wide,
+                    void* stream);
+int condition_shift_backward(const ConditionShift& problem, const RowOperand& condition, const RowOperand& grad,
+                             const RowOperand& grad_condition, const ParameterGradient& grad_scale,
+                             const ParameterGradient& grad_bias, bool wide, void* stream);
 
 }  // namespace apex_fast::cuda

@@ -1,4 +1,8 @@
-// 16-byte accesses, conversions between storage and arithmetic types, and the cutting of tensors into 16-byte slots.
+// Slots between memory and registers. Operands have dtypes of their own: a kernel first issues the loads of all of
+// them, as raw words, and converts afterwards, so that several 16-byte loads are in flight whatever the dtypes are.
+//
+// Branches on a dtype or on alignment are the same for (nearly) all threads of a warp. An operand that is not on a
+// 16-byte boundary where a slot begins, and a slot of fewer than 8 elements, is read and written element by element.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,139 +10,237 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/geometry.h"
+#include "cuda/slots.h"
 
 namespace apex_fast::cuda {
 
-// The type that arithmetic is done in: fp32, or fp64 for fp64.
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class T>
-using Compute = typename ComputeOf<T>::type;
+// Blocks that share a multiprocessor at least, which caps the registers of a thread: 80 in fp32, where three blocks
+// keep more loads in flight than the memory needs; fp64 takes what it wants.
+template <class C>
+constexpr int blocks_at_once = sizeof(C) == 4 ? 3 : 1;
 
-__device__ __forceinline__ float widen(float value) {
-  return value;
-}
-__device__ __forceinline__ double widen(double value) {
-  return value;
-}
-__device__ __forceinline__ float widen(__half value) {
-  return __half2float(value);
-}
-__device__ __forceinline__ float widen(__nv_bfloat16 value) {
-  return __bfloat162float(value);
-}
-
-template <class T>
-__device__ __forceinline__ T narrow(Compute<T> value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ __half narrow<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
-}
-
-// Elements of T that one 16-byte access moves.
-template <class T>
-constexpr int vector_size = 16 / sizeof(T);
-
-template <class T>
-struct alignas(16) Vector {
-  T values[vector_size<T>];
+// The bits of one slot of one operand, packed from word 0. Elements that a short slot lacks are zero.
+template <class C>
+struct Raw {
+  static constexpr int words = slot_size * sizeof(C) / 4;
+  uint32_t word[words];
 };
 
-template <class T>
-__device__ __forceinline__ bool is_aligned(const T* pointer) {
+__device__ __forceinline__ bool on_16_bytes(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-template <class T>
-__device__ __forceinline__ Vector<T> load_vector(const T* pointer) {
-  Vector<T> vector;
-  *reinterpret_cast<uint4*>(&vector) = __ldg(reinterpret_cast<const uint4*>(pointer));
-  return vector;
-}
-
-template <class T>
-__device__ __forceinline__ void store_vector(T* pointer, const Vector<T>& vector) {
-  *reinterpret_cast<uint4*>(pointer) = *reinterpret_cast<const uint4*>(&vector);
-}
-
-// a / b for 0 <= a, 0 < b. The 32-bit division is several times quicker and serves all but huge tensors.
-__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
-}
-
-// One thread's share: up to vector_size<T> neighbouring elements of one row, a row being a run of `inner` elements that
-// lie side by side. Slots are cut at the 16-byte boundaries of the row of an anchor operand, so that an odd row length
-// or a pointer that is off by one element costs a scalar head and tail and not the vectors between them.
-struct Slot {
-  int64_t sample;
-  int64_t outer;
-  int64_t begin;  // first element of the row
-  int count;      // may be 0: a row with an unaligned start has one slot more than one without
-};
-
-template <class T>
-__host__ __device__ int64_t slots_per_row(const Geometry& geometry) {
-  return (geometry.inner + 2 * vector_size<T> - 2) / vector_size<T>;
-}
-
-template <class T>
-__device__ __forceinline__ T* row_of(const Operand& operand, int64_t sample, int64_t outer) {
-  return static_cast<T*>(operand.data) + sample * operand.batch_stride + outer * operand.outer_stride;
-}
-
-template <class T>
-__device__ __forceinline__ Slot slot_at(const Geometry& geometry, const Operand& anchor, int64_t index) {
-  constexpr int width = vector_size<T>;
-  const int64_t per_row = slots_per_row<T>(geometry);
-  const int64_t row = divide(index, per_row);
-  const int64_t outer = divide(row, geometry.batch);
-  const int64_t sample = row - outer * geometry.batch;
-  const int64_t head = reinterpret_cast<uintptr_t>(row_of<T>(anchor, sample, outer)) % 16 / sizeof(T);
-  int64_t begin = (index - row * per_row) * width - head;
-  int64_t end = begin + width;
-  if (begin < 0) begin = 0;
-  if (end > geometry.inner) end = geometry.inner;
-  return {sample, outer, begin, end > begin ? static_cast<int>(end - begin) : 0};
-}
-
-// t and 1 - t of a sample. 1 - t is formed in the precision of t and rounded once, as on the CPU.
-template <class C>
-struct TimePair {
-  C t;
-  C one_minus_t;
-};
-
-template <class C>
-__device__ __forceinline__ TimePair<C> time_of(const Times& times, int64_t sample) {
-  const int64_t at = sample * times.stride;
-  if (times.dtype == DType::F64) {
-    const double t = __ldg(static_cast<const double*>(times.data) + at);
-    return {static_cast<C>(t), static_cast<C>(1.0 - t)};
+// 16-byte loads of `Bytes` bytes each for 8 elements.
+template <int Bytes, class C>
+__device__ __forceinline__ void load_words(Raw<C>& raw, const void* from) {
+  const auto* const vectors = static_cast<const uint4*>(from);
+#pragma unroll
+  for (int i = 0; i < slot_size * Bytes / 16; ++i) {
+    const uint4 four = __ldg(vectors + i);
+    raw.word[4 * i] = four.x;
+    raw.word[4 * i + 1] = four.y;
+    raw.word[4 * i + 2] = four.z;
+    raw.word[4 * i + 3] = four.w;
   }
-  const C t = __ldg(static_cast<const float*>(times.data) + at);
-  return {t, C(1) - t};
 }
 
-// Blocks for `slots` threads of work. A kernel strides over its grid, so the cap only matters to tensors of 2^39 slots.
-inline unsigned blocks_for(int64_t slots, int threads) {
-  const int64_t blocks = (slots + threads - 1) / threads;
-  constexpr int64_t most = (int64_t(1) << 31) - 1;
-  return static_cast<unsigned>(blocks < most ? blocks : most);
+// One after the other, on purpose: predicated loads that are all in flight made the compiler spill in other paths.
+template <int Bytes, class C>
+__device__ __forceinline__ void load_elements(Raw<C>& raw, const void* from, int64_t stride, int count) {
+#pragma unroll
+  for (int i = 0; i < Raw<C>::words; ++i)
+    raw.word[i] = 0;
+#pragma unroll
+  for (int i = 0; i < slot_size; ++i) {
+    if (i >= count) break;
+    if constexpr (Bytes == 2) {
+      const uint32_t half = __ldg(static_cast<const uint16_t*>(from) + i * stride);
+      raw.word[i / 2] |= half << (16 * (i % 2));
+    } else if constexpr (Bytes == 4) {
+      raw.word[i] = __ldg(static_cast<const uint32_t*>(from) + i * stride);
+    } else {
+      const uint2 two = __ldg(static_cast<const uint2*>(from) + i * stride);
+      raw.word[2 * i] = two.x;
+      raw.word[2 * i + 1] = two.y;
+    }
+  }
+}
+
+template <int Bytes, class C>
+__device__ __forceinline__ void load_sized(Raw<C>& raw, const void* data, int64_t offset, int64_t stride, int count) {
+  const void* const from = static_cast<const char*>(data) + offset * Bytes;
+  if (count == slot_size && stride == 1 && on_16_bytes(from))
+    load_words<Bytes>(raw, from);
+  else
+    load_elements<Bytes>(raw, from, stride, count);
+}
+
+// Elements offset, offset + stride, ... of an operand. With C = float no operand is fp64: the glue asks for fp64
+// arithmetic as soon as one is.
+template <class C>
+__device__ __forceinline__ void load(Raw<C>& raw, const void* data, DType dtype, int64_t offset, int64_t stride,
+                                     int count) {
+  if constexpr (std::is_same_v<C, double>) {
+    if (dtype == DType::F64) return load_sized<8>(raw, data, offset, stride, count);
+  }
+  if (dtype == DType::F32)
+    load_sized<4>(raw, data, offset, stride, count);
+  else
+    load_sized<2>(raw, data, offset, stride, count);
+}
+
+template <class C>
+__device__ __forceinline__ void widen(const Raw<C>& raw, DType dtype, C (&values)[slot_size]) {
+  if constexpr (std::is_same_v<C, double>) {
+    if (dtype == DType::F64) {
+#pragma unroll
+      for (int i = 0; i < slot_size; ++i)
+        values[i] = __hiloint2double(static_cast<int>(raw.word[2 * i + 1]), static_cast<int>(raw.word[2 * i]));
+      return;
+    }
+  }
+  if (dtype == DType::F32) {
+#pragma unroll
+    for (int i = 0; i < slot_size; ++i)
+      values[i] = static_cast<C>(__uint_as_float(raw.word[i]));
+  } else if (dtype == DType::BF16) {
+#pragma unroll
+    for (int i = 0; i < slot_size; ++i)  // bf16 is the upper half of an fp32
+      values[i] = static_cast<C>(__uint_as_float(i % 2 ? raw.word[i / 2] & 0xffff0000u : raw.word[i / 2] << 16));
+  } else {
+#pragma unroll
+    for (int i = 0; i < slot_size; ++i)
+      values[i] =
+          static_cast<C>(__half2float(__ushort_as_half(static_cast<uint16_t>(raw.word[i / 2] >> (16 * (i % 2))))));
+  }
+}
+
+__device__ __forceinline__ uint32_t half_bits(float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
+__device__ __forceinline__ uint32_t half_bits(double value) {
+  return __half_as_ushort(__double2half(value));
+}
+__device__ __forceinline__ uint32_t bfloat_bits(float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+__device__ __forceinline__ uint32_t bfloat_bits(double value) {
+  return __bfloat16_as_ushort(__double2bfloat16(value));
+}
+
+template <int Bytes, class C>
+__device__ __forceinline__ void store_sized(const Raw<C>& raw, void* data, int64_t offset, int64_t stride, int count) {
+  void* const to = static_cast<char*>(data) + offset * Bytes;
+  if (count == slot_size && stride == 1 && on_16_bytes(to)) {
+#pragma unroll
+    for (int i = 0; i < slot_size * Bytes / 16; ++i)
+      static_cast<uint4*>(to)[i] =
+          make_uint4(raw.word[4 * i], raw.word[4 * i + 1], raw.word[4 * i + 2], raw.word[4 * i + 3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < slot_size; ++i) {
+    if (i >= count) break;
+    if constexpr (Bytes == 2)
+      static_cast<uint16_t*>(to)[i * stride] = static_cast<uint16_t>(raw.word[i / 2] >> (16 * (i % 2)));
+    else if constexpr (Bytes == 4)
+      static_cast<uint32_t*>(to)[i * stride] = raw.word[i];
+    else
+      static_cast<uint2*>(to)[i * stride] = make_uint2(raw.word[2 * i], raw.word[2 * i + 1]);
+  }
+}
+
+// Rounds once, to the operand's dtype.
+template <class C>
+__device__ __forceinline__ void store(const C (&values)[slot_size], void* data, DType dtype, int64_t offset,
+                                      int64_t stride, int count) {
+  Raw<C> raw;
+  if constexpr (std::is_same_v<C, double>) {
+    if (dtype == DType::F64) {
+#pragma unroll
+      for (int i = 0; i < slot_size; ++i) {
+        raw.word[2 * i] = static_cast<uint32_t>(__double2loint(values[i]));
+        raw.word[2 * i + 1] = static_cast<uint32_t>(__double2hiint(values[i]));
+      }
+      return store_sized<8>(raw, data, offset, stride, count);
+    }
+  }
+  if (dtype == DType::F32) {
+#pragma unroll
+    for (int i = 0; i < slot_size; ++i)
+      raw.word[i] = __float_as_uint(static_cast<float>(values[i]));
+    return store_sized<4>(raw, data, offset, stride, count);
+  }
+  if (dtype == DType::BF16) {
+#pragma unroll
+    for (int i = 0; i < slot_size; i += 2)
+      raw.word[i / 2] = bfloat_bits(values[i]) | bfloat_bits(values[i + 1]) << 16;
+  } else {
+#pragma unroll
+    for (int i = 0; i < slot_size; i += 2)
+      raw.word[i / 2] = half_bits(values[i]) | half_bits(values[i + 1]) << 16;
+  }
+  store_sized<2>(raw, data, offset, stride, count);
+}
+
+// Single numbers, of any dtype: parameters and results.
+__device__ __forceinline__ double load_number(const void* data, DType dtype, int64_t offset) {
+  switch (dtype) {
+    case DType::F64:
+      return __ldg(static_cast<const double*>(data) + offset);
+    case DType::F32:
+      return __ldg(static_cast<const float*>(data) + offset);
+    case DType::F16:
+      return __half2float(static_cast<const __half*>(data)[offset]);
+    default:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[offset]);
+  }
+}
+
+__device__ __forceinline__ void store_number(double value, void* data, DType dtype, int64_t offset) {
+  switch (dtype) {
+    case DType::F64:
+      static_cast<double*>(data)[offset] = value;
+      break;
+    case DType::F32:
+      static_cast<float*>(data)[offset] = static_cast<float>(value);
+      break;
+    case DType::F16:
+      static_cast<__half*>(data)[offset] = __double2half(value);
+      break;
+    default:
+      static_cast<__nv_bfloat16*>(data)[offset] = __double2bfloat16(value);
+  }
+}
+
+// Where a slot begins in an operand laid out as the Geometry says.
+__device__ __forceinline__ int64_t offset_of(const Operand& operand, const Slot& slot) {
+  return slot.sample * operand.batch_stride + slot.outer * operand.outer_stride + slot.begin;
+}
+
+// All operands of a slot. What a kernel can do without them stands between the two calls, while the loads are in
+// flight.
+template <class C, int N>
+__device__ __forceinline__ void load_slot(const Operand (&operands)[N], const Slot& slot, Raw<C> (&raw)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+    load(raw[k], operands[k].data, operands[k].dtype, offset_of(operands[k], slot), 1, slot.count);
+}
+
+template <class C, int N>
+__device__ __forceinline__ void widen_slot(const Operand (&operands)[N], const Raw<C> (&raw)[N],
+                                           C (&values)[N][slot_size]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+    widen(raw[k], operands[k].dtype, values[k]);
+}
+
+template <class C>
+__device__ __forceinline__ void store_slot(const C (&values)[slot_size], const Operand& operand, const Slot& slot) {
+  if (operand.data) store(values, operand.data, operand.dtype, offset_of(operand, slot), 1, slot.count);
 }
 
 }  // namespace apex_fast::cuda

@@ -14,10 +14,20 @@ struct StepCoefficients {
   double noise;
 };
 
-inline StepCoefficients step_coefficients(double t, double t_next, double stochasticity) {
-  const double keep = std::sqrt(1.0 - stochasticity);
-  return {(1.0 - t_next) + t_next * keep, t_next * keep * (1.0 - t) - (1.0 - t_next) * t,
-          t_next * std::sqrt(stochasticity)};
+// How much of the noise estimate stays and how much fresh noise comes in: the same for all samples, so the roots are
+// taken once, on the host.
+struct NoiseRenewal {
+  double keep;   // sqrt(1 - eta)
+  double fresh;  // sqrt(eta)
+};
+
+inline NoiseRenewal noise_renewal(double stochasticity) {
+  return {std::sqrt(1.0 - stochasticity), std::sqrt(stochasticity)};
+}
+
+APEX_HD StepCoefficients step_coefficients(double t, double t_next, const NoiseRenewal& renewal) {
+  const double keep = renewal.keep;
+  return {(1.0 - t_next) + t_next * keep, t_next * keep * (1.0 - t) - (1.0 - t_next) * t, t_next * renewal.fresh};
 }
 
 template <class V>

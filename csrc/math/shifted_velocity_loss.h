@@ -27,6 +27,12 @@ struct ShiftedVelocitySums {
 
   static constexpr int count = 8;
 
+  APEX_HD V sum(int k) const {
+    const V sums[count] = {residual_squared, dv_squared,    clipped_dv_squared, clipped_count,
+                           shift_dot_real,   shift_squared, real_squared,       guided_distance};
+    return sums[k];
+  }
+
   APEX_HD void add(V v_shift, V v_real, V v_guided, V target, V clip) {
     using A = Arithmetic<V>;
     const V residual = v_shift - target;
@@ -42,6 +48,22 @@ struct ShiftedVelocitySums {
     guided_distance = guided_distance + A::absolute(v_guided - target);
   }
 };
+
+// What the op returns, from the totals of a sample in the order above and scale = 1 / n.
+APEX_HD double fake_loss(const double* totals, double scale) {
+  return totals[0] * scale;
+}
+
+APEX_HD double correction_loss(const double* totals, double scale) {
+  return totals[2] * scale;
+}
+
+constexpr int shifted_velocity_stats = 7;
+
+// Column k of the statistics: sum k + 1, two of them as means.
+APEX_HD double shifted_velocity_stat(const double* totals, int k, double scale) {
+  return k == 2 || k == 6 ? totals[k + 1] * scale : totals[k + 1];
+}
 
 // weight = 2 * upstream / n in both.
 template <class V>

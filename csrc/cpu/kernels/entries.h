@@ -25,11 +25,29 @@ void shifted_velocity_loss_backward(const Geometry&, const Operand& v_shift, con
                                     const Operand& v_uncond, const Operand& target, double guidance_scale, double clip,
                                     const double* weight_correction, const double* weight_fake, const Operand& grad_gen,
                                     const Operand& grad_shift, const Operand& grad_target, bool wide);
+void shifted_velocity_loss_with_gradients(const Geometry&, const Operand& v_shift, const Operand& v_real,
+                                          const Operand& v_uncond, const Operand& target, double guidance_scale,
+                                          double clip, const double* weight_correction, const double* weight_fake,
+                                          double* partials, const Operand& grad_gen, const Operand& grad_shift,
+                                          bool wide);
 void mixed_velocity_loss(const Geometry&, const Operand& velocity, const Operand& x, const Operand& z,
                          const Operand& v_fake, double mix_weight, double* partials, bool wide);
 void mixed_velocity_loss_backward(const Geometry&, const Operand& velocity, const Operand& x, const Operand& z,
                                   const Operand& v_fake, double mix_weight, const double* weight,
                                   const Operand& grad_velocity, const Operand& grad_x, const Operand& grad_z,
                                   bool wide);
+void condition_shift_rms_norm(const ConditionShiftRmsNormProblem&, const Operand& normed,
+                              const Operand& normed_shifted);
+void condition_shift_rms_norm_backward(const ConditionShiftRmsNormProblem&, const Operand& grad_normed,
+                                       const Operand& grad_shifted, const Operand& grad_condition,
+                                       double* partial_scale, double* partial_bias, double* partial_weight);
+void projected_condition_shift(const ProjectedConditionShiftProblem&, const Operand& real, const Operand& shifted);
+void projected_condition_shift_backward(const ProjectedConditionShiftProblem&, const Operand& grad_real,
+                                        const Operand& grad_shifted, const Operand& grad_projected,
+                                        double* partial_product, double* partial_shifted, double* partial_all);
+void modulated_layer_norm(const ModulatedLayerNormProblem&, const Operand& out, void* mean, void* rstd);
+void modulated_layer_norm_backward(const ModulatedLayerNormProblem&, const Operand& grad, const void* mean,
+                                   const void* rstd, const Operand& grad_hidden, double* partial_scale,
+                                   double* partial_shift);
 
 }  // namespace apex_fast::cpu::APEX_ISA_NAMESPACE

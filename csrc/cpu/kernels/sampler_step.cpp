@@ -17,8 +17,9 @@ void sampler_step_typed(const Geometry& g, const Operand& x, const Operand& velo
   Operand inputs[count] = {x, velocity};
   if constexpr (Guided) inputs[2] = v_uncond;
   if constexpr (Noised) inputs[2 + Guided] = noise;
+  const auto renewal = math::noise_renewal(stochasticity);
   map_samples<C, count, 1>(g, inputs, {out}, [&](int64_t b) {
-    const auto k = math::step_coefficients(time_at(t, b), time_at(t_next, b), stochasticity);
+    const auto k = math::step_coefficients(time_at(t, b), time_at(t_next, b), renewal);
     const V x_factor(static_cast<C>(k.x)), velocity_factor(static_cast<C>(k.velocity)),
         noise_factor(static_cast<C>(k.noise));
     const V guidance(static_cast<C>(guidance_scale));

@@ -14,10 +14,17 @@ const KernelTable& APEX_CONCATENATE(table_, APEX_ISA)() {
       &isa::renoise_backward,
       &isa::shifted_velocity_loss,
       &isa::shifted_velocity_loss_backward,
+      &isa::shifted_velocity_loss_with_gradients,
       &isa::mixed_velocity_loss,
       &isa::mixed_velocity_loss_backward,
       &isa::sampler_step,
       &isa::scaled_copies,
+      &isa::condition_shift_rms_norm,
+      &isa::condition_shift_rms_norm_backward,
+      &isa::projected_condition_shift,
+      &isa::projected_condition_shift_backward,
+      &isa::modulated_layer_norm,
+      &isa::modulated_layer_norm_backward,
   };
   return kernels;
 }
