@@ -6,7 +6,7 @@ The parts, from the bottom up: :mod:`apex_fast.ops` (the compiled kernels, ``tor
 dependencies of their own.
 """
 
-from . import ops, path
+from . import fusion, ops, path
 from .backbones.base import Backbone
 from .condition import Condition
 from .draws import Draws
@@ -30,6 +30,7 @@ __all__ = [
     "TimeDistribution",
     "Velocities",
     "__version__",
+    "fusion",
     "ops",
     "path",
     "sample",

@@ -75,6 +75,18 @@ class Condition:
         """Where the embeddings live."""
         return self.prompt_embeds.device
 
+    def written(self) -> Condition:
+        """The condition with its embeddings in memory: itself.
+
+        Under :func:`apex_fast.fusion.fused` a shift hands out conditions that are not written yet; a network that reads
+        their embeddings more than once asks for this first.
+        """
+        return self
+
+    def _join(self, conditions: Sequence[Condition]) -> Condition | None:
+        """For subclasses: the conditions joined in a way of their own, or None."""
+        return None
+
     def _map(self, embeddings: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]) -> Condition:
         return Condition(
             embeddings(self.prompt_embeds),
@@ -124,6 +136,10 @@ class Condition:
         """
         if not conditions:
             raise ValueError("Condition.cat needs at least one condition")
+        for condition in conditions:
+            joined = condition._join(conditions)
+            if joined is not None:
+                return joined
         channels = [list(c.prompt_embeds.shape[2:]) for c in conditions]
         if any(shape != channels[0] for shape in channels):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -99,7 +100,11 @@ class ConditionShift(nn.Module):
         embeds, mask = condition.prompt_embeds, condition.prompt_embeds_mask
         return Condition(self._shift(embeds, self.scale, self.bias, mask, "prompt_embeds"), mask, pooled)
 
-    def _shift(self, values: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    def check(self, condition: Condition) -> None:
+        """Raises what shifting the embeddings of ``condition`` would raise, without shifting them."""
+        self._check(condition.prompt_embeds, self.scale, "prompt_embeds")
+
+    def _check(self, values: Tensor, scale: Tensor, name: str) -> None:
         if not values.is_floating_point():
             raise TypeError(
                 f"ConditionShift: {name} must be floating point, got {values.dtype}; shift embeddings, not labels or "
@@ -114,6 +119,9 @@ class ConditionShift(nn.Module):
             raise ValueError(
                 f"ConditionShift: {name} has {values.shape[-1]} channels but the diagonal was made for {scale.shape[0]}"
             )
+
+    def _shift(self, values: Tensor, scale: Tensor, bias: Tensor, mask: Tensor | None, name: str) -> Tensor:
+        self._check(values, scale, name)
         return ops.condition_shift(values, scale, bias, mask=mask)
 
     def extra_repr(self) -> str:
@@ -121,3 +129,74 @@ class ConditionShift(nn.Module):
             return f"{value.item():g}" if value.dim() == 0 else f"[{value.numel()}]"
 
         return f"mode={self.mode}, scale={text(self.scale)}, bias={text(self.bias)}, shift_pooled={self.shift_pooled}"
+
+
+class ShiftedCondition(Condition):
+    """``shift(condition)`` that is not in memory yet: the original condition, and the shift as an instruction.
+
+    A network that applies the shift inside its own text path takes ``condition``, ``shift`` and :meth:`shifted_tokens`;
+    for any other it is a Condition like all, whose embeddings are computed when they are read, each time anew, so that
+    a recomputation in backward finds what its forward found. :func:`apex_fast.fusion.fused` makes them.
+
+    Args:
+        condition: the original, not shifted.
+        shift: what turns it into the shifted one.
+        tokens: ``[B, L]`` bool, the tokens that are shifted; None is the condition's mask, or every token without one.
+    """
+
+    def __init__(self, condition: Condition, shift: ConditionShift, tokens: Tensor | None = None) -> None:
+        # a frozen dataclass, whose fields are properties here
+        for name, value in (("condition", condition), ("shift", shift), ("tokens", tokens)):
+            object.__setattr__(self, name, value)
+
+    def written(self) -> Condition:
+        """The shifted condition, computed."""
+        if self.tokens is None:
+            return type(self.shift).forward(self.shift, self.condition)
+        embeds = ops.condition_shift(self.condition.prompt_embeds, self.shift.scale, self.shift.bias, mask=self.tokens)
+        return Condition(embeds, self.condition.prompt_embeds_mask)
+
+    def shifted_tokens(self) -> Tensor | None:
+        """``[B, L]``, nonzero where a token is shifted; None stands for all."""
+        return self.condition.prompt_embeds_mask if self.tokens is None else self.tokens
+
+    @property
+    def prompt_embeds(self) -> Tensor:  # type: ignore[override]
+        return self.written().prompt_embeds
+
+    @property
+    def prompt_embeds_mask(self) -> Tensor | None:  # type: ignore[override]
+        return self.condition.prompt_embeds_mask
+
+    @property
+    def pooled_prompt_embeds(self) -> Tensor | None:  # type: ignore[override]
+        return None if self.condition.pooled_prompt_embeds is None else self.written().pooled_prompt_embeds
+
+    def __len__(self) -> int:
+        return len(self.condition)
+
+    @property
+    def device(self) -> torch.device:
+        return self.condition.device
+
+    def __repr__(self) -> str:
+        return f"ShiftedCondition({self.condition!r}, {self.shift!r})"
+
+    def _join(self, conditions: Sequence[Condition]) -> Condition | None:
+        shifts = {id(c.shift) for c in conditions if isinstance(c, ShiftedCondition)}
+        pooled = any((c.condition if isinstance(c, ShiftedCondition) else c).pooled_prompt_embeds is not None
+                     for c in conditions)  # fmt: skip
+        if len(shifts) > 1 or pooled:
+            return Condition.cat([c.written() for c in conditions])
+        joined = Condition.cat([c.condition if isinstance(c, ShiftedCondition) else c for c in conditions])
+        length = joined.prompt_embeds.shape[1]
+        rows = []
+        for c in conditions:
+            original = c.condition if isinstance(c, ShiftedCondition) else c
+            batch, tokens = original.prompt_embeds.shape[:2]
+            row = torch.zeros(batch, length, dtype=torch.bool, device=original.device)
+            if isinstance(c, ShiftedCondition):
+                kept = c.shifted_tokens()
+                row[:, :tokens] = True if kept is None else kept.ne(0)
+            rows.append(row)
+        return ShiftedCondition(joined, self.shift, torch.cat(rows))

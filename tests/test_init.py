@@ -46,7 +46,7 @@ def test_every_family_gets_a_config_that_loads(
     assert -1.0 <= config.shift.scale <= -0.5 and 0.1 <= config.shift.bias <= 1.0
     assert config.max_train_steps == (2000 if mode == "lora" else 10000)
     assert config.rank == (64 if mode == "lora" else None)
-    assert config.mixed_precision == ("no" if mode == "lora" else "bf16")
+    assert config.mixed_precision == "bf16"
     text = path.read_text()
     assert "open" in text and "paper" in text
     assert all(len(line) <= 120 for line in text.splitlines() if str(path) not in line)

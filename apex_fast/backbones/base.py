@@ -31,6 +31,7 @@ from apex_fast.extras import require
 
 if TYPE_CHECKING:
     from apex_fast.backbones.own_text import OwnText
+    from apex_fast.fusion import Fusion
 
 Replay = Callable[[], AbstractContextManager]
 """Makes a context in which a recomputation finds what its forward found."""
@@ -84,7 +85,9 @@ class Backbone(nn.Module):
     default_sequence_length: ClassVar[int]
     teacher_guidance: ClassVar[TeacherGuidance]
     lora_targets: ClassVar[tuple[str, ...]]
-    """Ends of the names of the layers that LoRA adapts by default: attention and feed-forward of every block."""
+    """Ends of the names of the layers that LoRA adapts by default: attention, feed-forward and modulation of every
+    block, and the embedding of the time. Without the last two the network cannot learn to act otherwise at t = 1 than
+    elsewhere, and one-step samples stay blurred (docs/lora.md)."""
 
     def __init__(
         self,
@@ -133,6 +136,8 @@ class Backbone(nn.Module):
         self.embedded_guidance = embedded_guidance
         # What a checkpointed block must find again when it is recomputed; called at its forward (see lora.py).
         self.recompute_states: list[Callable[[], Replay]] = []
+        # Takes a shifted condition unwritten, while apex_fast.fusion has put the shift into the text path.
+        self.fusion: Fusion | None = None
 
     # ---- what a family states
 
@@ -200,6 +205,12 @@ class Backbone(nn.Module):
         """
         if not isinstance(condition, Condition):
             condition = Condition(condition)
+        if self.fusion is None:
+            return self._checked_velocity(x_t, t, condition.written())
+        with self.fusion.instruction(condition) as original:
+            return self._checked_velocity(x_t, t, original)
+
+    def _checked_velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds = condition.prompt_embeds
         name, batch = type(self).__name__, x_t.shape[0]
         if x_t.dim() != 4 or embeds.shape[0] != batch or t.shape != (batch,):

@@ -159,7 +159,9 @@ class TrainConfig:
     use_rslora: bool = setting(False, help="Scale by lora_alpha / sqrt(rank) instead.")
     use_dora: bool = setting(False, help="Weight-decomposed LoRA (DoRA): slower; stock tools differ in reading it.")
     lora_target_modules: list[str] | None = setting(
-        None, help="Ends of the names of the layers that are adapted; null is the family's attention, feed-forward, modulation and time embedding."
+        None,
+        help="Ends of the names of the layers that are adapted; null is the family's attention, feed-forward, "
+        "modulation and time embedding.",
     )
     lora_dtype: Literal["fp32", "bf16"] = setting("fp32", help="How the LoRA's own weights are stored and trained.")
     start_lora: str | None = setting(
