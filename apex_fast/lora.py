@@ -130,14 +130,27 @@ class AdapterSwitch:
 
 
 class AdapterRole:
-    """A velocity callable: ``call(x_t, t, condition)`` with the adapters ``names`` active."""
+    """A velocity callable: ``call(x_t, t, condition)`` with the adapters ``names`` active.
 
-    def __init__(self, call: Velocity, switch: AdapterSwitch, names: Sequence[str]) -> None:
-        self.call, self.switch, self.names = call, switch, tuple(names)
+    dropouts: modules that drop nothing during the call, whatever mode the network is in: a branch that is only read
+    gives one answer to one question.
+    """
+
+    def __init__(
+        self, call: Velocity, switch: AdapterSwitch, names: Sequence[str], dropouts: Sequence[nn.Module] = ()
+    ) -> None:
+        self.call, self.switch, self.names, self.dropouts = call, switch, tuple(names), tuple(dropouts)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor | Condition) -> Tensor:
+        modes = [module.training for module in self.dropouts]
         with self.switch.use(self.names):
-            return self.call(x_t, t, condition)
+            try:
+                for module in self.dropouts:
+                    module.training = False
+                return self.call(x_t, t, condition)
+            finally:
+                for module, mode in zip(self.dropouts, modes, strict=True):
+                    module.training = mode
 
     def __repr__(self) -> str:
         return f"AdapterRole({', '.join(self.names) or 'base'})"
@@ -156,13 +169,14 @@ class LoraVelocities(Velocities):
         states = [state for state in backbone.recompute_states if not isinstance(_owner(state), AdapterSwitch)]
         backbone.recompute_states[:] = [*states, self.switch.recompute_state]
         names = {"frozen": start, "ema": (*start, EMA), "live": (*start, GENERATOR)}[real]
-        super().__init__(call, real=None if real == "live" else AdapterRole(call, self.switch, names))
+        if real == "ema" and EMA not in transformer.peft_config:
+            _add(backbone, _config_like(transformer.peft_config[GENERATOR]), EMA)
+        dropouts = [m for m in transformer.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        super().__init__(call, real=None if real == "live" else AdapterRole(call, self.switch, names, dropouts))
         self._adapter_averages: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         if real != "ema":
             return
         self._ema_decay = float(ema_decay)
-        if EMA not in transformer.peft_config:
-            _add(backbone, _config_like(transformer.peft_config[GENERATOR]), EMA)
         averages, sources = _adapter(transformer, EMA), _adapter(transformer, GENERATOR)
         with torch.no_grad():
             for name, average in averages.items():
@@ -306,6 +320,11 @@ def load_start_lora(
         transformer.unload_lora()
         transformer.requires_grad_(False)
         return
+    if how == "frozen":
+        # What is not trained has nothing to gain from the dropout that it was trained with.
+        for layer in AdapterSwitch(transformer).layers:
+            if name in layer.lora_dropout:
+                layer.lora_dropout[name] = nn.Identity()
     for parameter in _adapter(transformer, name).values():
         parameter.requires_grad_(how == "continue")
         if how == "continue":
@@ -453,6 +472,13 @@ def _load(backbone: Backbone, path: Path, name: str) -> None:
             f"LoRA: {file} has {lost:+d} weights against the {len(loaded)} that this {type(transformer).__name__} "
             "takes; it is of another model"
         )
+    # diffusers loads into the dtype of the base; an adapter that was trained in fp32 stays what it was.
+    weights = _adapter(transformer, name)
+    for key, value in state.items():
+        path = key.removeprefix("transformer.")
+        weight = weights.get(path, weights.get(f"{path}.weight"))
+        if weight is not None and weight.shape == value.shape:
+            weight.data = value.to(weight.device)
     for parameter_name, parameter in transformer.named_parameters():
         parameter.requires_grad_(parameter_name in trained)
     if active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,44 @@ def test_an_averaged_real_branch_follows_the_trained_adapter(folders):
         lora_velocities(other, "frozen").load_state_dict(state)
 
 
+@pytest.mark.parametrize("real", ["frozen", "ema"])
+def test_the_real_branch_drops_nothing_while_the_generator_does(folders, tmp_path, real):
+    styled = load(folders["sana"])
+    add_lora(styled, LoraSettings(rank=4, dropout=0.5), seed=2)
+    disturb(styled)
+    save_lora(styled, tmp_path)
+    backbone = load(folders["sana"])
+    load_start_lora(backbone, tmp_path, "frozen")
+    add_lora(backbone, LoraSettings(rank=4, dropout=0.5), seed=0)
+    velocities = lora_velocities(backbone, real)
+    disturb(backbone)
+    disturb(backbone, lora.START)
+    backbone.train()
+    x, t, condition = inputs(backbone)
+    with torch.no_grad():
+        assert torch.equal(velocities.real(x, t, condition), velocities.real(x, t, condition))
+        assert not torch.equal(velocities.generator(x, t, condition), velocities.generator(x, t, condition))
+        with velocities.switch.use((lora.START,)):
+            # An adapter that is not trained drops nothing in any role.
+            assert torch.equal(backbone(x, t, condition), backbone(x, t, condition))
+
+
+def test_a_copy_recomputes_with_its_own_adapters(folders):
+    backbone = load(folders["sana"])
+    backbone.train()
+    backbone.enable_gradient_checkpointing()
+    add_lora(backbone, LoraSettings(rank=4), seed=0)
+    lora_velocities(backbone)
+    copied = copy.deepcopy(backbone)
+    velocities = lora_velocities(copied, "frozen")
+    disturb(copied)
+    x, t, condition = inputs(copied)
+    velocity = velocities.generator(x, t, condition)
+    with lora.AdapterSwitch(backbone.transformer).use(()), velocities.switch.use(()):
+        velocity.square().mean().backward()
+    assert len(gradients(copied)) == len(adapter_weights(copied))
+
+
 # ---- steps and recomputation
 
 
@@ -253,11 +292,11 @@ def test_compiled_blocks_are_compiled_once_for_a_state_not_for_a_switch(folders)
         return graph.forward
 
     torch._dynamo.reset()
-    backbone.compile_blocks(backend=backend, fullgraph=True)
     x, t, condition = inputs(backbone)
     expected = None
-    # The limit that torch has by itself, as an error.
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        backbone.compile_blocks(backend=backend, fullgraph=True)
+        assert torch._dynamo.config.recompile_limit == 64
         for _ in range(5):
             out = velocities.generator(x, t, condition)
             with torch.no_grad():
@@ -401,6 +440,22 @@ def test_kinds_of_adapter_survive_the_file(folders, tmp_path, kind):
     expected = backbone(x, t, condition)
     torch.testing.assert_close(again(x, t, condition), expected, rtol=0, atol=1e-5)
     assert not torch.allclose(expected, plain, atol=1e-3)
+
+
+def test_an_fp32_adapter_on_a_bf16_base_is_read_bit_for_bit(folders, tmp_path):
+    backbone = load(folders["sana"], torch_dtype=torch.bfloat16)
+    add_lora(backbone, LoraSettings(rank=4), seed=0)
+    disturb(backbone)
+    save_lora(backbone, tmp_path)
+    expected = adapter_weights(backbone)
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in expected.values()), "bf16 would not show"
+    for read in (load_lora, lambda b, folder: load_start_lora(b, folder, "continue")):
+        again = load(folders["sana"], torch_dtype=torch.bfloat16)
+        read(again, tmp_path)
+        found = adapter_weights(again)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name].dtype == torch.float32 and torch.equal(found[name], value), name
 
 
 def test_a_run_may_start_from_a_lora(folders, tmp_path):

@@ -396,6 +396,8 @@ class Backbone(nn.Module):
         # The states are those of the adapters in this transformer, which the copy's are not.
         memo[id(self.recompute_states)] = []
         copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        if getattr(copied.transformer, "gradient_checkpointing", False):
+            copied.enable_gradient_checkpointing()  # the function that was copied asks the original's states
         return copied
 
     # ---- for the time of a call
@@ -437,10 +439,13 @@ class Backbone(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compiles the repeated blocks of the transformer in place (``torch.compile`` of each), which share their
         compiled code; names and classes stay. A block is compiled once for every state that its roles have (adapter on
-        or off, with or without gradient), not once for every change between them.
+        or off, with or without gradient, guided or not), not once for every change between them. These are more states
+        than torch expects of one function (8), beyond which it would go on without compiling; the limit is raised.
 
         options: of ``torch.compile``.
         """
+        # Not diffusers' compile_repeated_blocks, which not every family names its blocks for.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for blocks in self.transformer.children():
             if isinstance(blocks, nn.ModuleList):
                 for block in blocks:
