@@ -229,10 +229,7 @@ def compile_blocks(backbone: Backbone, velocities: Velocities) -> None:
     real = velocities.real.module if isinstance(velocities.real, Autocast) else velocities.real
     for network in (backbone, real):
         if isinstance(network, Backbone):
-            # Not diffusers' compile_repeated_blocks, which not every family names its blocks for.
-            for part in network.transformer.children():
-                for block in part if isinstance(part, nn.ModuleList) else ():
-                    block.compile()
+            network.compile_blocks()
 
 
 def cost_of_a_step(config: TrainConfig, guidance: RealGuidance | None) -> str:
