@@ -7,12 +7,12 @@ from typing import Any
 __all__ = ["Plan", "PlanError", "Passes", "paper_passes", "plan", "step_passes"]
 
 _HOMES = {
-    "Plan": "planner",
-    "plan": "planner",
-    "PlanError": "blueprint",
-    "Passes": "passes",
-    "paper_passes": "passes",
-    "step_passes": "passes",
+    "Plan": "apex_fast.planning.planner",
+    "plan": "apex_fast.planning.planner",
+    "PlanError": "apex_fast.planning.blueprint",
+    "Passes": "apex_fast.passes",
+    "paper_passes": "apex_fast.passes",
+    "step_passes": "apex_fast.passes",
 }
 
 
@@ -21,5 +21,5 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         import importlib
 
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apex_fast.backbones.loading import FAMILIES, backbone_class, family_of
 from apex_fast.condition import Condition
@@ -20,6 +20,7 @@ from apex_fast.planning.published import PUBLISHED, Published
 if TYPE_CHECKING:
     from apex_fast.backbones.base import Backbone
     from apex_fast.training.config import TrainConfig
+    from apex_fast.training.results import Record
 
 _DEPTHS = {
     "sana": ("num_layers",),
@@ -48,6 +49,7 @@ class Blueprint:
         latent_edge: latent pixels of the edge that the model is made for.
         tokens: text tokens of a condition; None is what the family encodes.
         text_encoder_parameters, vae_parameters: of the parts beside the transformer; 0 if unknown or none.
+        vae: configuration of the VAE, its class under ``_class_name``; None if unknown or none.
         source: where this was read.
         unverified: what of it may differ from the published model.
         own_text: whether it has a text encoder of its own, as the digits have, and no pipeline.
@@ -62,6 +64,7 @@ class Blueprint:
     tokens: int | None = None
     text_encoder_parameters: int = 0
     vae_parameters: int = 0
+    vae: Mapping[str, Any] | None = None
     source: str = ""
     unverified: tuple[str, ...] = ()
     own_text: bool = False
@@ -143,7 +146,7 @@ def blueprint_of(config: TrainConfig) -> Blueprint:
             own_text=True,
         )
     model = blueprint(config.pretrained_model_name_or_path)
-    options: dict[str, Any] = {"shift_padding": config.shift_padding}
+    options: dict[str, Any] = {**model.options, "shift_padding": config.shift_padding}
     if config.embedded_guidance_scale is not None:
         options["embedded_guidance"] = config.embedded_guidance_scale
     tokens = model.tokens if config.max_sequence_length is None else config.max_sequence_length
@@ -172,9 +175,40 @@ def blueprint(name_or_path: str) -> Blueprint:
             "Planning downloads nothing: write the folder of a downloaded model (its transformer/config.json is "
             "enough), or one of " + ", ".join(PUBLISHED)
         )
-    if (folder / "model" / "model_index.json").is_file() and not (folder / "model_index.json").is_file():
-        folder = folder / "model"
+    from apex_fast.training.models import pretrained_folder
+    from apex_fast.training.results import INDEX, Record
+
+    try:
+        folder = pretrained_folder(name_or_path)
+    except FileNotFoundError as error:
+        raise PlanError(str(error)) from error
+    if not (folder / INDEX).is_file() and (record := Record.read(folder)) is not None:
+        return _from_run(name_or_path, folder, record)
     return _from_folder(name_or_path, folder)
+
+
+def _from_run(name: str, folder: Path, record: Record) -> Blueprint:
+    """A finished run of full tuning: its own transformer, and everything beside it from the model that it started
+    from."""
+    try:
+        base = blueprint(record.base)
+    except PlanError as error:
+        raise PlanError(f"{folder} was trained on {record.base}, and that cannot be planned: {error}") from error
+    place = folder / "transformer" / "config.json"
+    config = _read(place)
+    if config is None:
+        raise PlanError(f"{place} is missing; planning needs the configuration of the transformer")
+    options: dict[str, Any] = {"shift_padding": record.shift_padding}
+    if record.embedded_guidance is not None:
+        options["embedded_guidance"] = record.embedded_guidance
+    return dataclasses.replace(
+        base,
+        name=name,
+        transformer=_all_arguments(base.family, {k: v for k, v in config.items() if not k.startswith("_")}),
+        tokens=base.tokens if record.max_sequence_length is None else record.max_sequence_length,
+        source=f"{place}, and the rest from {base.source}",
+        options=options,
+    )
 
 
 def _from_table(name: str, entry: Published) -> Blueprint:
@@ -186,6 +220,7 @@ def _from_table(name: str, entry: Published) -> Blueprint:
         entry.resolution // entry.vae_scale_factor,
         text_encoder_parameters=entry.text_encoder_parameters,
         vae_parameters=entry.vae_parameters,
+        vae=entry.vae,
         source="the table of known models",
         unverified=entry.unverified,
     )
@@ -215,6 +250,7 @@ def _from_folder(name: str, folder: Path) -> Blueprint:
         tokens=int(index.get("max_sequence_length", 16)) if own and index is not None else None,
         text_encoder_parameters=sum(_stored_parameters(p) for p in sorted(folder.glob("text_encoder*"))),
         vae_parameters=vae_parameters,
+        vae=_read(folder / "vae" / "config.json"),
         source=str(parts / "config.json"),
         unverified=unverified,
         own_text=own,
@@ -231,14 +267,19 @@ def _all_arguments(family: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
+def vae_on_meta(config: Mapping[str, Any]) -> nn.Module:
+    """The VAE of a configuration, without memory."""
+    diffusers = require("diffusers", extra="train")
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(dict(config)).requires_grad_(False).eval()
+
+
 def _vae(folder: Path, family: str) -> tuple[int, int]:
     """(scale factor, parameters) of a pipeline's VAE; (1, 0) if it has none."""
     config = _read(folder / "vae" / "config.json")
     if config is None:
         return 1, 0
-    diffusers = require("diffusers", extra="train")
-    with torch.device("meta"):
-        vae = getattr(diffusers, config["_class_name"]).from_config(config)
+    vae = vae_on_meta(config)
     if family == "sana":
         levels = len(config["encoder_block_out_channels"]) - 1
     elif family == "qwen_image":

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from apex_fast.planning.advice import Advice, advise
 from apex_fast.planning.blueprint import Blueprint, blueprint_of
+from apex_fast.planning.published import PUBLISHED
+from apex_fast.planning.stages import Stage, loaded_on_host
 from apex_fast.planning.ways import Planner, Way, ways
 from apex_fast.training.config import TrainConfig
 
@@ -20,8 +22,9 @@ class Plan:
         ways: that one and the others, for comparison.
         held: by category, what lives as long as the run, gradients included.
         embeddings: cached embeddings on the GPU, at most.
-        before: text encoders and VAE, on the GPU while the data is encoded and dropped before the first step.
-        kept_vae: of those, what stays because validation pictures are wanted.
+        stages: what the GPU needs while the data is encoded, in a step and while validation pictures are drawn.
+        host: main memory that loading the model needs.
+        kept_vae: the VAE, if it stays because validation pictures are wanted.
         own_text: a text encoder of the model's own, which stays.
         guidance: of the real branch; None if it is not guided.
         flops: of a whole optimizer step on one GPU, accumulation included.
@@ -38,7 +41,8 @@ class Plan:
     ways: list[Way]
     held: dict[str, int]
     embeddings: int
-    before: int
+    stages: list[Stage]
+    host: int
     kept_vae: int
     own_text: int
     guidance: float | None
@@ -54,8 +58,13 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes of every GPU."""
-        return self.chosen.needed
+        """Bytes of every GPU, in the stage that needs the most."""
+        return self.fullest.needed
+
+    @property
+    def fullest(self) -> Stage:
+        """The stage that needs the most."""
+        return max(self.stages, key=lambda stage: stage.needed)
 
     @property
     def fits(self) -> bool | None:
@@ -108,7 +117,7 @@ def plan(
         hours = flops * config.max_train_steps / (tflops * 1e12) / 3600
         rate = f"{tflops:g} TFLOP/s, which was assumed and not measured"
     advice = None
-    if gpu is not None and chosen.needed > gpu:
+    if gpu is not None and planner.excess(config, gpu) > 0:
         advice = advise(planner, config, gpu)
     return Plan(
         model=model,
@@ -117,7 +126,8 @@ def plan(
         ways=found,
         held={name: round(size) for name, size in step.held.items()},
         embeddings=planner.embeddings,
-        before=planner.before(config),
+        stages=planner.stages(config),
+        host=loaded_on_host(model, config, step),
         kept_vae=planner.kept_vae(config),
         own_text=planner.own_text(),
         guidance=planner.guidance(config),
@@ -129,12 +139,21 @@ def plan(
         gpus=gpus,
         buckets=planner.buckets(step),
         advice=advice,
-        notes=_notes(config),
+        notes=_notes(config, planner),
     )
 
 
-def _notes(config: TrainConfig) -> list[str]:
+def _notes(config: TrainConfig, planner: Planner) -> list[str]:
     notes = []
+    guidance = planner.guidance(config)
+    published = PUBLISHED.get(config.pretrained_model_name_or_path or "")
+    if guidance is not None and published is not None and not published.guided:
+        # No guidance is 1 in the convention of most pipelines and 0 in that of some.
+        none = next(scale for scale in (1.0, 0.0) if planner.backbone.linear_guidance_scale(scale) == 1.0)
+        notes.append(
+            f"{config.pretrained_model_name_or_path} is used without classifier-free guidance, and this run guides its "
+            f"real branch by {guidance:g}; guidance_scale: {none:g} leaves that out"
+        )
     if config.train_text_encoder:
         notes.append("the text encoder that is trained along is not counted")
     if config.start_lora is not None and config.start_lora_mode == "frozen":

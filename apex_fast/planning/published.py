@@ -16,6 +16,29 @@ _DC_AE = 312_250_275
 _KL_VAE = 83_819_683
 _QWEN_VAE = 126_892_531
 
+# Structures of the VAEs, of the sizes above. The values that latents are scaled by are the classes' own: they change no
+# byte.
+_DC_AE_CONFIG = {
+    "_class_name": "AutoencoderDC",
+    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+}
+_KL_VAE_CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "shift_factor": 0.0,
+}
+_QWEN_VAE_CONFIG = {"_class_name": "AutoencoderKLQwenImage"}
+_VAES = {"sana": _DC_AE_CONFIG, "qwen_image": _QWEN_VAE_CONFIG}
+
 
 @dataclass(frozen=True)
 class Published:
@@ -29,6 +52,9 @@ class Published:
         resolution: pixels of the edge of a square image that the model is made for.
         text_encoder_parameters, vae_parameters: of the parts that are not trained; approximate.
         unverified: what of this could not be compared with the published files.
+        guided: whether its users sample with classifier-free guidance (two passes a step). False for models that are
+            distilled to go without, whatever the pipeline's own default is; in a config that is guidance_scale 1, or 0
+            in the convention of Z-Image.
     """
 
     family: str
@@ -39,6 +65,12 @@ class Published:
     text_encoder_parameters: int
     vae_parameters: int
     unverified: tuple[str, ...] = field(default=("sizes of text encoders and VAE",))
+    guided: bool = True
+
+    @property
+    def vae(self) -> Mapping[str, Any]:
+        """Configuration of the VAE, its class under ``_class_name``."""
+        return _VAES.get(self.family, _KL_VAE_CONFIG)
 
 
 _SANA_0_6B = {
@@ -70,7 +102,7 @@ PUBLISHED: dict[str, Published] = {
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": Published("sana", {}, 1.6, 32, 1024, _GEMMA_2_2B, _DC_AE),
     "Qwen/Qwen-Image": Published("qwen_image", {}, 20, 8, 1024, _QWEN_2_5_VL_7B, _QWEN_VAE),
     "black-forest-labs/FLUX.1-dev": Published(
-        "flux", {"guidance_embeds": True}, 12, 8, 1024, _T5_XXL + _CLIP_L, _KL_VAE
+        "flux", {"guidance_embeds": True}, 12, 8, 1024, _T5_XXL + _CLIP_L, _KL_VAE, guided=False
     ),
     "stabilityai/stable-diffusion-3.5-medium": Published(
         "stable_diffusion_3",
@@ -103,7 +135,9 @@ PUBLISHED: dict[str, Published] = {
         _T5_XXL + _CLIP_L + _CLIP_G,
         _KL_VAE,
     ),
-    "Tongyi-MAI/Z-Image-Turbo": Published("z_image", {"axes_lens": (1536, 512, 512)}, 6, 8, 1024, _QWEN_3_4B, _KL_VAE),
+    "Tongyi-MAI/Z-Image-Turbo": Published(
+        "z_image", {"axes_lens": (1536, 512, 512)}, 6, 8, 1024, _QWEN_3_4B, _KL_VAE, guided=False
+    ),
     "Tongyi-MAI/Z-Image": Published(
         "z_image",
         {"axes_lens": (1536, 512, 512)},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apex_fast.planning.planner import Plan, plan
+from apex_fast.planning.stages import PICTURES, PROMPTS, STEP, VALIDATION, Stage
 from apex_fast.planning.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, REAL, TRAINED
 from apex_fast.planning.ways import CONTEXT, GIB, MARGIN, Way
 from apex_fast.training.config import load_config
@@ -21,7 +22,7 @@ USAGE = """usage: apex-fast plan CONFIG.yaml [--key value ...] [--gpu 24GB] [--g
 Memory, passes and hours of a run, computed from configurations: nothing is loaded, downloaded or trained.
 
   --gpu 24GB        say whether the run fits into a GPU that is sold as 24 GB, and if not which settings make it fit
-  --gpus N          train on N GPUs in parallel, each with the batch of the config
+  --gpus N          N GPUs in parallel, each with the batch of the config (the trainer runs on one so far)
   --throughput P    hours, from P forwards of the batch per second (without gradient, as measured on that GPU)
   --tflops T        hours, from T x 1e12 operations per second instead; an assumption
   --json FILE       write the plan as JSON too
@@ -109,10 +110,12 @@ def gpu_bytes(text: str) -> int:
 
 # ---- words
 
+_NF4 = "nf4: bitsandbytes puts the transformer on the GPU when it is loaded, so it is there while the data is encoded"
+
 
 def table(made: Plan) -> str:
     """The plan as the command prints it."""
-    lines = [*_head(made), "", *_held(made), "", *_table_of_ways(made), "", *_time(made)]
+    lines = [*_head(made), "", *_held(made), "", *_table_of_ways(made), "", *_stages(made), "", *_time(made)]
     if made.gpu is not None:
         lines += ["", *_fit(made)]
     lines += ["", *_not_counted(made)]
@@ -164,11 +167,6 @@ def _held(made: Plan) -> list[str]:
         f"{'held on the GPU':<62}{name_of_unit:>10}",
         *(f"  {name:<60}{size / unit:>10.2f}" for name, size in rows),
     ]
-    if made.before:
-        lines.append(
-            f"  before the first step, alone: text encoders and VAE, {made.before / GIB:.1f} GiB; their embeddings and "
-            "latents are cached"
-        )
     return lines
 
 
@@ -180,7 +178,7 @@ def _table_of_ways(made: Plan) -> list[str]:
     unit, name_of_unit = _unit(made)
     lines = [
         f"peak of a step, {name_of_unit}",
-        f"  {'schedule':<12}{'checkpointing':<15}{'come and go':>13}{'needed in all':>15}{'passes':>9}",
+        f"  {'schedule':<12}{'checkpointing':<15}{'come and go':>13}{'needed in it':>15}{'passes':>9}",
     ]
     for way in made.ways:
         mark = "  <- this config" if way is made.chosen else ""
@@ -191,11 +189,37 @@ def _table_of_ways(made: Plan) -> list[str]:
         )
     lines.append("  come and go: activations, gradients and temporary tensors of passes and backwards")
     lines.append(
-        f"  needed in all: the peak, {MARGIN:.0%} of what comes and goes for the allocator, "
+        f"  needed in it: the peak, {MARGIN:.0%} of what comes and goes for the allocator, "
         f"{CONTEXT / GIB:g} GiB for CUDA"
     )
     lines.append(f"  the peak of this config is reached {_moment(made.chosen)}")
     return lines
+
+
+def _stages(made: Plan) -> list[str]:
+    unit, name_of_unit = _unit(made)
+    lines = [f"{'needed on the GPU, one after the other':<62}{name_of_unit:>10}"]
+    for stage in made.stages:
+        mark = "  <- the most" if stage is made.fullest and len(made.stages) > 1 else ""
+        lines.append(f"  {_stage_in_words(made, stage):<60}{stage.needed / unit:>10.2f}{mark}")
+    if made.config.quantization == "nf4" and len(made.stages) > 1:
+        lines.append(f"  {_NF4}")
+    lines.append(f"{'needed in main memory':<62}{name_of_unit:>10}")
+    parts = "text encoders and VAE" if made.config.quantization == "nf4" else "transformer, text encoders and VAE"
+    what = "the model" if made.model.own_text else f"{parts} at once"
+    lines.append(f"  {'loading: ' + what:<60}{made.host / unit:>10.2f}")
+    lines.append("  a file of weights while it is read, and later latents and embeddings of the data, are not in it")
+    return lines
+
+
+def _stage_in_words(made: Plan, stage: Stage) -> str:
+    counted = "" if stage.activations is not None else ", activations not counted"
+    return {
+        PROMPTS: f"encoding prompts: text encoders{counted}",
+        PICTURES: f"encoding pictures one at a time: VAE{counted}",
+        STEP: "a step of this config",
+        VALIDATION: f"validation: decoding one picture{counted}",
+    }[stage.name]
 
 
 def _moment(way: Way) -> str:
@@ -227,7 +251,7 @@ def _time(made: Plan) -> list[str]:
         lines.append(
             f"{made.gpus} GPUs: every one needs all of the above and sees its own batch, so a step has "
             f"{made.gpus * config.train_batch_size * config.gradient_accumulation_steps} samples and takes as long; "
-            "communication is not counted"
+            "communication is not counted. This is a plan only: `apex-fast train` runs as one process on one GPU so far"
         )
     return lines
 
@@ -236,15 +260,13 @@ def _fit(made: Plan) -> list[str]:
     assert made.gpu is not None
     spare = made.gpu - made.needed
     size = f"{made.gpu / GIB:g} GiB"
-    before = []
-    if made.before > made.gpu:
-        before = [
-            f"before the first step text encoders and VAE alone take {made.before / GIB:.1f} GiB, more than {size}; "
-            "one of them at a time may fit"
-        ]
     if spare >= 0:
-        return [f"fits into {size}: {spare / GIB:.2f} GiB to spare", *before]
-    lines = [*before, f"does not fit into {size}: {-spare / GIB:.2f} GiB too much"]
+        return [f"fits into {size}: {spare / GIB:.2f} GiB to spare"]
+    too_much = [stage for stage in made.stages if stage.needed > made.gpu]
+    stages = ", ".join(f"{stage.name} {(stage.needed - made.gpu) / GIB:.2f} GiB" for stage in too_much)
+    lines = [f"does not fit into {size}: {-spare / GIB:.2f} GiB too much"]
+    if len(made.stages) > 1:
+        lines[0] += f" (by stage: {stages})"
     advice = made.advice
     if advice is None:
         return lines
@@ -255,19 +277,22 @@ def _fit(made: Plan) -> list[str]:
             f"{(made.gpu - advice.needed) / GIB:.2f} GiB to spare (planned with these settings)"
         )
     else:
-        tried = (
-            f"with {flags} it still needs {advice.needed / GIB:.2f} GiB" if flags else "nothing that was tried helps"
-        )
+        tried = "nothing that was tried helps"
+        if flags:
+            tried = f"with {flags} it still needs {advice.needed / GIB:.2f} GiB ({advice.fullest})"
         lines.append(f"no settings make it fit: {tried}. Take a smaller model or a larger GPU")
+        if advice.changes.get("quantization") == "nf4" and advice.fullest in (PROMPTS, PICTURES):
+            lines.append(f"({_NF4})")
     return lines
 
 
 def _not_counted(made: Plan) -> list[str]:
     lines = [
         "Not counted: what kernels take and give back within one operation (workspaces of matrix products,",
-        "convolutions and attention), fragmentation beyond the margin, sampling for validation, other programs on the",
-        "GPU. Prompts are planned at the most tokens that the model's text encoding gives. The count equals that of",
-        "the same step on a CPU; it was not compared with the allocator of a GPU.",
+        "convolutions and attention), fragmentation beyond the margin, activations of text encoders, the passes that",
+        "sample for validation (without gradient, one picture at a time), other programs on the GPU. Prompts are",
+        "planned at the most tokens that the model's text encoding gives. The count equals that of the same step on a",
+        "CPU; it was not compared with the allocator of a GPU.",
     ]
     if made.config.mixed_precision == "bf16":
         lines.append(
@@ -318,7 +343,8 @@ def as_mapping(made: Plan) -> Mapping[str, Any]:
         "resolution": [height, width],
         "held": made.held,
         "cached_embeddings": made.embeddings,
-        "encoders_before_the_run": made.before,
+        "stages": [dataclasses.asdict(stage) for stage in made.stages],
+        "main_memory_for_loading": made.host,
         "vae_for_validation": made.kept_vae,
         "own_text_encoder": made.own_text,
         "data_parallel_buckets": made.buckets,

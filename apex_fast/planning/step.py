@@ -150,7 +150,7 @@ def planned_run(model: Blueprint, config: TrainConfig, device: torch.device | st
     config = plannable(model, config)
     backbone = model.backbone(device)
     dtype = DTYPES[config.weight_dtype]
-    _cast(backbone.transformer, dtype)
+    cast_weights(backbone.transformer, dtype)
     if config.quantization is not None:
         backbone.transformer.requires_grad_(False)
         quantize(backbone.transformer, config.quantization)
@@ -182,8 +182,8 @@ def plannable(model: Blueprint, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **left_out)
 
 
-def _cast(transformer: nn.Module, dtype: torch.dtype) -> None:
-    """As ``from_pretrained(torch_dtype=)`` does, which keeps some modules of some classes in fp32."""
+def cast_weights(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Casts as ``from_pretrained(torch_dtype=)`` does, which keeps some modules of some classes in fp32."""
     kept = getattr(transformer, "_keep_in_fp32_modules", None) or []
     for name, parameter in transformer.named_parameters():
         if not any(part in name.split(".") for part in kept):

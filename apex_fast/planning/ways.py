@@ -10,6 +10,18 @@ from typing import Any
 from apex_fast.passes import Passes, paper_passes, step_passes
 from apex_fast.planning.blueprint import Blueprint
 from apex_fast.planning.memory import ACTIVATIONS
+from apex_fast.planning.stages import (
+    PICTURES,
+    PROMPTS,
+    STEP,
+    VALIDATION,
+    Stage,
+    dtype_bytes,
+    held_while_drawing,
+    loaded_on_gpu,
+    vae_activations,
+    validates,
+)
 from apex_fast.planning.step import GRADIENTS, StepBytes, plan_step, plannable
 from apex_fast.training.batches import TABLE_ON_DEVICE
 from apex_fast.training.config import TrainConfig
@@ -32,7 +44,7 @@ class Way:
     Attributes:
         step: its bytes and operations.
         passes: what it costs.
-        needed: bytes of a GPU, with what is added for the allocator and CUDA.
+        needed: bytes of a GPU for the step, with what is added for the allocator and CUDA.
     """
 
     schedule: str
@@ -97,17 +109,39 @@ class Planner:
         return None if found is None else found.scale
 
     def kept_vae(self, config: TrainConfig) -> int:
-        validates = config.validation_steps is not None and bool(config.validation_prompts)
-        return self.model.vae_parameters * _bytes(config) if validates else 0
+        return self.model.vae_parameters * dtype_bytes(config) if validates(config) else 0
 
     def own_text(self) -> int:
         """Bytes of a text encoder of the model's own, which stays."""
         return self.model.text_encoder_parameters * 4 if self.model.own_text else 0
 
-    def before(self, config: TrainConfig) -> int:
+    def stages(self, config: TrainConfig) -> list[Stage]:
+        """Every stage of the run, in order."""
+        way = self.way(config)
+        step = Stage(STEP, way.needed, way.step.transient)
         if self.model.own_text:
-            return 0
-        return (self.model.text_encoder_parameters + self.model.vae_parameters) * _bytes(config)
+            return [step]
+        found: list[Stage] = []
+        activations = vae_activations(self.model, config.image_size, config.weight_dtype)
+        encoding, decoding = (None, None) if activations is None else activations
+        vae = self.model.vae_parameters * dtype_bytes(config)
+        base = loaded_on_gpu(config, way.step)
+        text = self.model.text_encoder_parameters * dtype_bytes(config)
+        found.append(_stage(PROMPTS, base + text + self.embeddings, None))
+        found.append(_stage(PICTURES, base + vae + self.embeddings, encoding))
+        found.append(step)
+        if validates(config):
+            held = held_while_drawing(way.step) + self.embeddings + vae + self.buckets(way.step)
+            found.append(_stage(VALIDATION, held, decoding))
+        return found
+
+    def fullest(self, config: TrainConfig) -> Stage:
+        """The stage that needs the most."""
+        return max(self.stages(config), key=lambda stage: stage.needed)
+
+    def excess(self, config: TrainConfig, gpu: int) -> int:
+        """By how many bytes the stages exceed ``gpu``, added up; 0 if the run fits."""
+        return sum(max(0, stage.needed - gpu) for stage in self.stages(config))
 
     def buckets(self, step: StepBytes) -> int:
         return round(step.held[GRADIENTS]) if self.gpus > 1 else 0
@@ -130,6 +164,10 @@ class Planner:
         return self._ways[key]
 
 
+def _stage(name: str, held: int, activations: int | None) -> Stage:
+    return Stage(name, round(held + (1 + MARGIN) * (activations or 0)) + CONTEXT, activations)
+
+
 def _planned(model: Blueprint, config: TrainConfig) -> StepBytes:
     # A blueprint holds plain mappings, so its words are the key.
     key = (repr(model), repr(config))
@@ -141,7 +179,3 @@ def _planned(model: Blueprint, config: TrainConfig) -> StepBytes:
 
 
 _STEPS: dict[tuple[str, str], StepBytes] = {}
-
-
-def _bytes(config: TrainConfig) -> int:
-    return 2 if config.weight_dtype == "bf16" else 4
