@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,16 +41,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _user_errors() as error:
         if os.environ.get("APEX_FAST_TRACEBACK"):
             raise
-        print(f"apex-fast: {error}", file=sys.stderr)
+        print(f"apex-fast: {_told(error, arguments)}", file=sys.stderr)
         return 2 if type(error).__name__ == "SettingsError" else 1
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:
+    import json
+
+    import torch
+    from safetensors import SafetensorError
+
     from apex_fast.finite import NonFiniteLossError
     from apex_fast.training.checkpoint import CheckpointError
     from apex_fast.training.settings import SettingsError
 
-    return SettingsError, CheckpointError, NonFiniteLossError, FileNotFoundError, ImportError
+    mistakes = (SettingsError, CheckpointError, FileNotFoundError, ImportError)
+    return *mistakes, NonFiniteLossError, torch.OutOfMemoryError, SafetensorError, json.JSONDecodeError
+
+
+def _told(error: BaseException, arguments: Sequence[str]) -> str:
+    """``error`` as one line for the user."""
+    import json
+
+    import torch
+    from safetensors import SafetensorError
+
+    if isinstance(error, torch.OutOfMemoryError):
+        from apex_fast.command import command_name
+        from apex_fast.training.memory import explain
+
+        if arguments[:1] == ["train"]:
+            # The same keys: those of the command line count for the memory too.
+            words = [word for word in arguments[1:] if word not in ("--smoke", "--config")]
+            return explain(error, shlex.join([command_name(), "plan", *words]), "")
+        return explain(
+            error, "", "take smaller pictures (--resolution, or --height and --width), or another device (--device cpu)"
+        )
+    if isinstance(error, SafetensorError | json.JSONDecodeError):
+        kind = "JSON" if isinstance(error, json.JSONDecodeError) else "safetensors"
+        return (
+            f"a file of the model or of the run is no whole {kind} file: {error}; it was cut off or changed, so copy "
+            "or download it again (APEX_FAST_TRACEBACK=1 shows where it was read)"
+        )
+    return str(error)
 
 
 def _hyphens(word: str) -> str:
@@ -114,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--size", type=int, help="edge at which a picture is drawn (default: 256 for small ones, else their own)"
     )
-    generate.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
+    generate.add_argument(
+        "--device", default="auto", help="auto (default: cuda if there is one, else cpu), cpu, cuda or cuda:N"
+    )
     generate.set_defaults(run=_generate)
 
     evaluate = commands.add_parser("eval", help="score a run", description="Scores a run on the digits.")
@@ -220,6 +256,7 @@ def _init(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from apex_fast.generate import generate, picture_path, write_picture
+    from apex_fast.training.models import device_of
 
     if options.resolution is not None and (options.height is not None or options.width is not None):
         print("apex-fast generate: write --resolution, or --height and --width", file=sys.stderr)
@@ -227,6 +264,7 @@ def _generate(options: argparse.Namespace) -> int:
     if not _needs_hub(options.base or options.model):
         _stay_offline()
     try:
+        device = device_of(options.device)
         images, which = generate(
             options.model,
             options.prompt,
@@ -237,7 +275,7 @@ def _generate(options: argparse.Namespace) -> int:
             height=options.height or options.resolution,
             width=options.width or options.resolution,
             seed=options.seed,
-            device=options.device,
+            device=device,
             base=options.base,
         )
     except ValueError as error:
@@ -248,7 +286,8 @@ def _generate(options: argparse.Namespace) -> int:
     write_picture(images, options.prompt, path, size=options.size)
     steps = options.num_inference_steps
     print(
-        f"{len(images)} picture{'s' if len(images) > 1 else ''} in {steps} step{'s' if steps > 1 else ''} by {which}",
+        f"{len(images)} picture{'s' if len(images) > 1 else ''} in {steps} step{'s' if steps > 1 else ''} by {which}, "
+        f"on {device}",
         file=sys.stderr,
     )
     print(path)

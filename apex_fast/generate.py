@@ -13,7 +13,9 @@ from torch import Tensor
 
 from apex_fast.backbones.base import Backbone
 from apex_fast.training.config import DIGITS_START
+from apex_fast.training.encoding import encode_text, move_parts
 from apex_fast.training.guidance import combine
+from apex_fast.training.memory import during, release
 from apex_fast.training.models import device_of, load_generator
 from apex_fast.training.results import Record, find_result
 from apex_fast.training.settings import SettingsError
@@ -31,7 +33,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     base: str | None = None,
 ) -> tuple[Tensor, str]:
     """Images ``[len(prompts) * images_per_prompt, C, H, W]`` in [-1, 1] on the CPU, prompt by prompt, and a phrase
@@ -44,6 +46,8 @@ def generate(
         negative_prompt: what guidance leads away from; None is the one of the model's pipeline, or "".
         height, width: in pixels; None is the size that the run trained at.
         seed: of the noise; that of an image depends on it and its place alone.
+        device: "auto" (cuda if there is one, else the CPU) or a torch device. Text encoders and transformer are never
+            on it together, and pictures are made one at a time.
 
     Raises:
         ValueError: counts below 1, a size that the model cannot make, a device that is not there.
@@ -55,23 +59,30 @@ def generate(
     if not prompts:
         raise ValueError("at least one prompt is needed")
     device = device_of(str(device))
-    network, which = load_generator(run, base=base)
-    network = network.to(device)
+    with during("loading the model"):
+        network, which = load_generator(run, base=base)
     texts = [p for p in prompts for _ in range(images_per_prompt)]
     shape = _latent_shape(run, network, height, width)
     noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed))
     scale, guide = (1.0, None) if guidance_scale is None else combine(network, guidance_scale)
-    negative = None
+    against = None
     if scale != 1.0 or guide is not None:
-        prompt = network.teacher_guidance.negative_prompt or "" if negative_prompt is None else negative_prompt
-        negative = network.encode([prompt], negative=True)
+        against = network.teacher_guidance.negative_prompt or "" if negative_prompt is None else negative_prompt
     if network.text is not None:
+        network.to(device)
+        negative = None if against is None else network.encode([against], negative=True)
         condition = network.encode(texts)
     else:
-        # The text encoders of a pipeline are large: each prompt once.
-        condition = network.encode(list(prompts)).index(
-            [i for i in range(len(prompts)) for _ in range(images_per_prompt)]
-        )
+        # The text encoders of a pipeline are large: each prompt once, and they are gone before the transformer comes.
+        with during("encoding prompts"):
+            move_parts(network, network.text_parts, device)
+            negative = None if against is None else encode_text(network, [against], negative=True).to(device)
+            once = encode_text(network, list(prompts))
+        condition = once.index([i for i in range(len(prompts)) for _ in range(images_per_prompt)])
+        network.free_text_encoders()
+        release()
+        with during(f"moving the transformer to {device}"):
+            network.to(device)
     images = draw_pictures(
         network,
         noise,

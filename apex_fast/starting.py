@@ -88,7 +88,7 @@ gradient_accumulation_steps: {64 // batch}
 loss: correction                   # "paper" is Eq. 25 to the letter; see what was measured in docs/method.md
 schedule: sequential               # one graph at a time: the least memory
 real_branch: auto                  # {_real(lora)}
-{_guidance(family, backbone)}
+{_guidance(family, backbone, model)}
 shift:                             # c_fake = scale * c + bias; good: scale -1 to -0.5, bias 0.1 to 1 (paper, Table 7)
   scale: -1.0
   bias: 0.5
@@ -146,8 +146,12 @@ def _real(lora: bool) -> str:
     return "a frozen copy of the start, one more copy of the weights"
 
 
-def _guidance(family: str, backbone: type[Backbone]) -> str:
+def _guidance(family: str, backbone: type[Backbone], model: str) -> str:
     teacher = backbone.teacher_guidance
+    known = PUBLISHED.get(model)
+    if teacher.embedded is None and known is not None and not known.guided:
+        none = 0.0 if family == "z_image" else 1.0
+        return f"guidance_scale: {none:<18} # none: these weights were made to be used without guidance"
     if family == "qwen_image":
         return """\
 # The pipeline guides only if it is given a negative prompt; its users give it " ". One more pass a step.

@@ -221,6 +221,26 @@ def test_mistakes_are_one_line_and_an_exit_code(
     assert not list(tmp_path.iterdir()), "a refused run must leave nothing behind"
 
 
+def test_a_damaged_file_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last resort, for files whose reader says nothing better."""
+    from safetensors import SafetensorError
+
+    from apex_fast.training import config
+
+    for error, kind in (
+        (SafetensorError("header too large"), "safetensors"),
+        (json.JSONDecodeError("x", "{", 1), "JSON"),
+    ):
+
+        def broken(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(config, "load_config", broken)
+        assert main(["train", "x.yaml"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"no whole {kind} file: " in line and "copy or download it again" in line
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 

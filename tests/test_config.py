@@ -212,6 +212,13 @@ def test_a_wrong_type_says_what_was_expected_and_what_came(tmp_path: Path, text:
             "most updates of AdamW would be rounded away. Write weight_dtype: fp32 with mixed_pre",
         ),
         ("start_lora: x\nstart_lora_mode: frozen\n", "start_lora_mode: frozen needs a LoRA to train"),
+        (
+            "rank: 4\nstart_lora_mode: frozen\n",
+            "start_lora_mode: frozen says how to start from a LoRA, and there is no",
+        ),
+        ("max_sequence_length: 0\n", "max_sequence_length must be at least 1, got 0"),
+        ("guidance_scale: -1\n", "guidance_scale must be at least 0, got -1"),
+        ("text_encoder_lr: 1e-4\n", "leave it out: the text encoder stays as it is"),
         ("rank: 4\nquantization: int8\nstart_lora: x\n", "merge cannot add a LoRA to quantised weights"),
         (
             "real_branch: live\nobjective: {supervised_weight: 0.0}\n",

@@ -74,6 +74,33 @@ def test_many_names_are_cut_and_the_count_is_not(tmp_path: Path) -> None:
     ]
 
 
+def test_a_caption_that_is_not_utf_8_is_left_out_and_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a bear", encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes("ein Bär".encode("latin-1"))
+    found = PictureFolder.open(tmp_path)
+    assert found.captions == ["a bear"]
+    assert found.warnings() == ["1 left out, the .txt caption beside it is not UTF-8: b.png"]
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "b.png", "text": "ein Bär"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"dataset_name: .*metadata.jsonl is not UTF-8 .*; save it as UTF-8"):
+        PictureFolder.open(tmp_path)
+
+
+def test_two_captions_for_one_picture_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "sub" / "a.png")
+    lines = [{"file_name": "sub/a.png", "text": "one"}, {"file_name": "./sub/a.png", "text": "two"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="metadata.jsonl has two lines for sub/a.png, in lines 1 and 2"):
+        PictureFolder.open(tmp_path)
+
+
+def test_without_captions_both_ways_to_write_them_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"expected pictures with a .txt caption .*, or metadata.jsonl with a line"):
+        PictureFolder.open(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [

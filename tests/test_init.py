@@ -102,3 +102,15 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     config = load_config(tmp_path / "x.yaml")
     assert config.pretrained_model_name_or_path == "/models/my sana" and config.resolution is None
+
+
+def test_a_model_made_for_use_without_guidance_is_not_guided() -> None:
+    text = starting_config("z_image", "lora", model="Tongyi-MAI/Z-Image-Turbo")
+    assert yaml_value(text, "guidance_scale") == 0.0, "in Z-Image's convention 0 is none"
+    assert yaml_value(starting_config("z_image", "lora"), "guidance_scale") is None
+
+
+def yaml_value(text: str, key: str) -> object:
+    from apex_fast.training.settings import parse_yaml
+
+    return parse_yaml(text, source="test")[key]

@@ -62,6 +62,8 @@ def test_mistakes_of_the_config_are_found(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "data" / "a.png").write_bytes(b"")
     assert main(["train", config, "--smoke", "--dataset_name", str(tmp_path / "data")]) == 2
     assert "nothing in" in capsys.readouterr().err
+    assert main(["train", config, "--smoke", "--start_lora", str(tmp_path / "nowhere")]) == 1
+    assert f"start_lora: {tmp_path / 'nowhere'} is no LoRA" in capsys.readouterr().err
     assert main(["train", config, "--smoke", "--learning_rat", "1"]) == 2
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
 
@@ -101,6 +103,22 @@ def test_what_cannot_be_tried_small(
     given.update(zip(more[::2], more[1::2], strict=True))
     assert main(["train", "--smoke", *(word for pair in given.items() for word in pair)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_size_that_the_real_model_cannot_make_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SANA's VAE makes steps of 32 pixels, FLUX's patches of 16; the tiny pipelines would take more sizes."""
+    config = str(ROOT / "examples" / "sana_0.6b_lora.yaml")
+    assert main(["train", config, "--smoke", "--resolution", "528"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "resolution must be a multiple of 32 pixels" in line and "got 528 x 528" in line
+    flux = load_config(ROOT / "examples" / "flux_lora.yaml", ["--resolution", "528"])
+    assert small_config(flux, "flux", tmp_path)
+    here = make_pipeline(tmp_path, "sana")
+    unknown = load_config(config, ["--pretrained_model_name_or_path", "somebody/else", "--resolution", "33"])
+    assert small_config(unknown, "sana", tmp_path), "nothing is known of that model, so nothing is refused"
+    words = ["--pretrained_model_name_or_path", str(here), "--resolution", "33", "--smoke"]
+    assert main(["train", config, *words]) == 2
+    assert "resolution must be a multiple of" in capsys.readouterr().err
 
 
 def test_only_sizes_and_places_differ(tmp_path: Path) -> None:

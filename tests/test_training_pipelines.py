@@ -379,6 +379,59 @@ def test_starting_from_a_lora(sana: Path, lora_run: Path, tmp_path: Path, how: s
     torch.testing.assert_close(velocity_of(again.transformer), tuned, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora_alpha", "4", "lora_alpha: 4.0, but .* has 8.*leave lora_alpha out"),
+        ("use_rslora", "true", "use_rslora: True, but .* has False"),
+        ("use_dora", "true", "use_dora: True, but .* has False"),
+        ("lora_dropout", "0.1", "lora_dropout: 0.1, but .* has 0.0"),
+        ("lora_target_modules", "to_q", "lora_target_modules: ..to_q.., but .* adapts .* as well"),
+        ("lora_dtype", "bf16", "lora_dtype: bf16: start_lora_mode: continue trains the LoRA in fp32"),
+    ],
+)
+def test_settings_that_a_continued_lora_would_not_follow_are_refused(
+    sana: Path, lora_run: Path, tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    more = (*LORA, "--start_lora", str(lora_run), "--start_lora_mode", "continue", f"--{key}", value)
+    with pytest.raises(SettingsError, match=message):
+        trainer_of(sana, tmp_path, *more)
+
+
+def test_settings_that_a_continued_lora_has_are_taken(sana: Path, lora_run: Path, tmp_path: Path) -> None:
+    more = (*LORA, "--start_lora", str(lora_run), "--start_lora_mode", "continue", "--lora_alpha", "8")
+    trainer = trainer_of(sana, tmp_path / "defaults", *more)
+    targets = json.dumps(list(trainer.backbone.lora_targets))
+    trainer_of(sana, tmp_path / "targets", *more, "--lora_target_modules", targets)
+    targets = json.dumps([*trainer.backbone.lora_targets, "proj_out"])
+    with pytest.raises(SettingsError, match="lora_target_modules: .* does not adapt proj_out"):
+        trainer_of(sana, tmp_path / "more", *more, "--lora_target_modules", targets)
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "said", "unsaid"),
+    [
+        ("frozen", LORA, "use it together with", "do not add it again"),
+        ("merge", LORA, "it belongs on the model with", "use it together with"),
+        ("merge", (), "is part of its weights; do not add it again", "use it together with"),
+        ("continue", LORA, "finished at step 4", "use it together with"),
+    ],
+)
+def test_the_last_line_says_what_becomes_of_the_start(
+    sana: Path,
+    lora_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    how: str,
+    more: tuple[str, ...],
+    said: str,
+    unsaid: str,
+) -> None:
+    trainer_of(sana, tmp_path, *more, "--start_lora", str(lora_run), "--start_lora_mode", how).run()
+    error = capsys.readouterr().err
+    assert said in error and unsaid not in error
+
+
 def test_a_merged_start_can_be_tuned_in_full(sana: Path, lora_run: Path, tmp_path: Path) -> None:
     trainer = trainer_of(sana, tmp_path, "--start_lora", str(lora_run))
     start, _ = load_generator(lora_run)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("peft")
 
-from tiny_runs import losses, make_pipeline, pipeline_keys
+from tiny_runs import keys, losses, make_pipeline, make_start, pipeline_keys
 
 from apex_fast.cli import main
 from apex_fast.training.checkpoint import CheckpointError, checkpoints
@@ -85,7 +85,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
         (("--resolution", "33"), "resolution: SanaBackbone: images must be multiples of"),
         (("--family", "flux"), "family: flux, but .* is a sana model; write family: sana"),
         (("--dataset_name", "digits", "--resolution", "null"), "dataset_name: digits gives samples of the shape .1, 8"),
-        (("--rank", "4", "--lora_target_modules", "nothing"), "no layer of SanaTransformer2DModel ends with"),
+        (
+            ("--rank", "4", "--lora_target_modules", "nothing"),
+            "^lora_target_modules: .*no layer of SanaTransformer2DModel ends with",
+        ),
         (
             ("--embedded_guidance_scale", "3.5"),
             "pretrained_model_name_or_path: SanaBackbone: embedded_guidance= is for",
@@ -130,6 +133,84 @@ def test_more_data_than_memory_is_refused_before_it_is_encoded(
         trainer_of(sana, tmp_path / "run")
 
 
+def test_cheap_mistakes_are_found_before_the_encoding(
+    sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apex_fast.training import loop
+
+    trainer_of(sana, tmp_path / "run", *LORA).run(until=2)
+    monkeypatch.setattr(loop, "encode_data", lambda *_: pytest.fail("encoded before it was refused"))
+    resume = ("--resume_from_checkpoint", "latest")
+    with pytest.raises(SettingsError, match="no layer of"):
+        trainer_of(sana, tmp_path / "other", *LORA, "--lora_target_modules", "nothing")
+    with pytest.raises(FileNotFoundError, match="start_lora: "):
+        trainer_of(sana, tmp_path / "other", *LORA, "--start_lora", str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="is of a run with rank: 4"):
+        trainer_of(sana, tmp_path / "run", "--rank", "8", *resume)
+    with pytest.raises(SettingsError, match="max_train_steps is 1, but .* is at step 2 already"):
+        trainer_of(sana, tmp_path / "run", *LORA, *resume, "--max_train_steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--guidance_scale", "1"), "guidance_scale: 1 means no guidance as the sana pipeline counts it"),
+        (("--objective.correction_weight", "0"), "there is no real branch"),
+        (("--loss", "flow_matching"), "there is no real branch"),
+    ],
+)
+def test_a_negative_prompt_that_is_not_used_is_said(
+    sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    trainer_of(sana, tmp_path / "used", *LORA, "--negative_prompt", "dark", "--max_train_steps", "1").run()
+    assert "is not used" not in capsys.readouterr().err
+    trainer_of(sana, tmp_path / "not", *LORA, "--negative_prompt", "dark", "--max_train_steps", "1", *more).run()
+    error = capsys.readouterr().err
+    assert 'careful: negative_prompt: "dark" is not used: ' in error and message in error
+
+
+def test_flux_is_not_guided_by_a_negative_prompt_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flux = make_pipeline(tmp_path, "flux")
+    trainer = trainer_of(flux, tmp_path / "run", *LORA, "--negative_prompt", "dark", "--max_train_steps", "1")
+    assert trainer.guidance is None
+    trainer.run()
+    error = capsys.readouterr().err
+    assert "careful: negative_prompt" in error and "so the real branch is unguided; write guidance_scale" in error
+    both = ("--negative_prompt", "dark", "--guidance_scale", "4.0")
+    assert trainer_of(flux, tmp_path / "both", *LORA, *both).guidance is not None
+
+
+def test_a_small_model_is_not_guided_by_a_negative_prompt_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--negative_prompt", "a nine", "--max_train_steps", "1")
+    Trainer(load_config(None, keys(make_start(tmp_path / "start"), tmp_path / "run", *more))).run()
+    assert "a model with a text encoder of its own is not guided" in capsys.readouterr().err
+
+
+def test_damaged_files_are_one_line(sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*words: str) -> str:
+        capsys.readouterr()
+        assert main(list(words)) in (1, 2)
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"\x90" * 100)
+    words = pipeline_keys(sana, tmp_path / "run", *LORA, "--start_lora", str(lora))
+    assert f"start_lora: {lora} cannot be read as safetensors" in refused("train", *words)
+    model = tmp_path / "sana"
+    shutil.copytree(sana, model)
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:200])
+    pictures = ("--dataset_name", str(sana.parent / "pictures"))
+    assert "pretrained_model_name_or_path: " in refused("train", *pipeline_keys(model, tmp_path / "run", *pictures))
+    (model / "model_index.json").write_text("{")
+    words = pipeline_keys(model, tmp_path / "run", *pictures)
+    assert "model_index.json" in refused("train", *words)
+    assert f"{model / 'model_index.json'} is no JSON" in refused("train", *words, "--smoke")
+
+
 def test_broken_pictures_are_left_out_and_named(sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     shutil.copytree(sana.parent / "pictures", data)
@@ -167,7 +248,7 @@ def test_a_lora_does_not_go_on_from_another_base(sana: Path, tmp_path: Path) -> 
     resume = ("--resume_from_checkpoint", "latest")
     with pytest.raises(CheckpointError, match="was tuned from another model.*a LoRA needs the base"):
         trainer_of(model, tmp_path / "run", *LORA, *pictures, *resume)
-    with pytest.raises(CheckpointError, match="is of a run with rank: 4, this one has rank: None"):
+    with pytest.raises(CheckpointError, match="is of a run with rank: 4, this one has rank: null"):
         trainer_of(model, tmp_path / "run", *pictures, *resume)
 
 
@@ -185,6 +266,54 @@ def test_a_moved_base_is_named(sana: Path, tmp_path: Path, capsys: pytest.Captur
     assert f"was trained on {model}" in error and "--base" in error and len(error.splitlines()) == 1
     assert main([*words, "--base", str(tmp_path / "moved")]) == 0
     assert [p.name for p in checkpoints(run)] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "was"),
+    [
+        ("lora_alpha", "8", "null"),
+        ("lora_dropout", "0.1", "0.0"),
+        ("use_rslora", "true", "false"),
+        ("use_dora", "true", "false"),
+        ("lora_target_modules", "to_q", "null"),
+        ("weight_dtype", "bf16", "fp32"),
+    ],
+)
+def test_what_a_lora_is_cannot_change_on_the_way(sana: Path, tmp_path: Path, key: str, value: str, was: str) -> None:
+    trainer_of(sana, tmp_path, *LORA).run(until=1)
+    with pytest.raises(CheckpointError, match=f"is of a run with {key}: {was}, this one has {key}: .*write {key}: "):
+        trainer_of(sana, tmp_path, *LORA, f"--{key}", value, "--resume_from_checkpoint", "latest")
+
+
+def test_the_default_alpha_may_be_written_out(sana: Path, tmp_path: Path) -> None:
+    trainer_of(sana, tmp_path, *LORA).run(until=1)
+    assert trainer_of(sana, tmp_path, *LORA, "--lora_alpha", "4", "--resume_from_checkpoint", "latest").step == 1
+
+
+def test_pictures_that_changed_on_the_way_are_named(
+    sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sana.parent / "pictures", data)
+    more = (*LORA, "--dataset_name", str(data))
+    resume = ("--resume_from_checkpoint", "latest")
+
+    def said(until: int, *words: str) -> str:
+        capsys.readouterr()
+        trainer_of(sana, tmp_path / "run", *more, *words).run(until=until)
+        return capsys.readouterr().err
+
+    said(1)
+    data.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", data)
+    assert "is not what" not in said(1, *resume)
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join([*lines[:-1], lines[-1].replace("circle", "ring")]))
+    message = f"careful: dataset_name: {data} is not what checkpoint-1 was trained on: "
+    assert f"{message}the same pictures with other captions" in said(1, *resume)
+    (data / "metadata.jsonl").write_text("\n".join(lines[:-1]))
+    assert f"{message}8 pictures then, 7 now" in said(2, *resume)
+    assert "is not what" not in said(3, *resume), "the newer checkpoint knows the newer folder"
 
 
 def test_full_tuning_goes_on_with_the_same_numbers(qwen: Path, tmp_path: Path) -> None:

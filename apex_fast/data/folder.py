@@ -43,7 +43,8 @@ class PictureFolder:
 
         Raises:
             FileNotFoundError: no such folder, or no picture in it.
-            ValueError: ``metadata.jsonl`` without captions in a key ``text``, or nothing with a caption.
+            ValueError: ``metadata.jsonl`` without captions in a key ``text`` or with two lines for one file, or nothing
+                with a caption.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -67,8 +68,13 @@ class PictureFolder:
     def _from_metadata(self, pictures: list[Path]) -> None:
         path = self.folder / METADATA
         captions: dict[Path, str] = {}
+        lines: dict[Path, int] = {}
         keys: set[str] = set()
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"dataset_name: {path} is not UTF-8 ({error}); save it as UTF-8") from error
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -79,7 +85,13 @@ class PictureFolder:
                 self.leave_out(f"no JSON with a file_name in {METADATA}", f"line {number}")
                 continue
             keys |= values.keys()
-            captions[self.folder / values["file_name"]] = _caption(values.get("text"))
+            file = self.folder / values["file_name"]
+            if file in captions:
+                raise ValueError(
+                    f"dataset_name: {path} has two lines for {self.name(file)}, in lines {lines[file]} and {number}; "
+                    "keep the one that is meant"
+                )
+            captions[file], lines[file] = _caption(values.get("text")), number
         if captions and "text" not in keys:
             raise ValueError(
                 f"dataset_name: {path} has no captions: expected the keys file_name and text, got "
@@ -88,29 +100,36 @@ class PictureFolder:
         present = set(pictures)
         for file in sorted(captions):
             if file not in present and not file.is_file():
-                self.leave_out(f"named in {METADATA} and not there", self._name(file))
+                self.leave_out(f"named in {METADATA} and not there", self.name(file))
             else:
                 self._add(file, captions[file])
         for file in pictures:
             if file not in captions:
-                self.leave_out(f"not named in {METADATA}", self._name(file))
+                self.leave_out(f"not named in {METADATA}", self.name(file))
 
     def _from_texts(self, pictures: list[Path]) -> None:
         for file in pictures:
             text = file.with_suffix(".txt")
             if not text.is_file():
-                self.leave_out("no .txt caption beside it", self._name(file))
-            else:
-                self._add(file, _caption(text.read_text(encoding="utf-8-sig", errors="replace")))
+                self.leave_out("no .txt caption beside it", self.name(file))
+                continue
+            try:
+                caption = text.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError:
+                # Replacement characters would be trained on.
+                self.leave_out("the .txt caption beside it is not UTF-8", self.name(file))
+                continue
+            self._add(file, _caption(caption))
 
     def _add(self, file: Path, caption: str) -> None:
         if caption:
             self.files.append(file)
             self.captions.append(caption)
         else:
-            self.leave_out("empty caption", self._name(file))
+            self.leave_out("empty caption", self.name(file))
 
-    def _name(self, file: Path) -> str:
+    def name(self, file: Path) -> str:
+        """``file`` as it is called inside the folder."""
         return str(file.relative_to(self.folder)) if file.is_relative_to(self.folder) else str(file)
 
     def leave_out(self, reason: str, name: str) -> None:
@@ -120,7 +139,7 @@ class PictureFolder:
     def drop(self, indices: list[int], reason: str) -> None:
         """Leaves out pairs that turned out to be unusable. ValueError if none is left."""
         for index in indices:
-            self.leave_out(reason, self._name(self.files[index]))
+            self.leave_out(reason, self.name(self.files[index]))
         gone = set(indices)
         self.files = [f for i, f in enumerate(self.files) if i not in gone]
         self.captions = [c for i, c in enumerate(self.captions) if i not in gone]
@@ -129,7 +148,10 @@ class PictureFolder:
     def _check(self) -> None:
         if not self.files:
             raise ValueError(
-                f"dataset_name: nothing in {self.folder} can be used: " + "; ".join(self.warnings())
+                f"dataset_name: nothing in {self.folder} can be used: "
+                + "; ".join(self.warnings())
+                + f"; expected pictures with a .txt caption in UTF-8 beside each, or {METADATA} with a line of "
+                "file_name and text for each"
                 if self.left_out
                 else f"dataset_name: {self.folder / METADATA} names no picture"
             )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def load_state(folder: Path, name: str) -> Any:
             f"{folder} has no {name}.json: it was written by another version or for another kind of run"
         )
     weights = folder / f"{name}.safetensors"
-    tensors = load_file(str(weights)) if weights.is_file() else {}
+    tensors = read_tensors(weights) if weights.is_file() else {}
 
     def unpack(node: dict[str, Any]) -> Any:
         (kind, value), *_ = node.items()
@@ -92,7 +93,27 @@ def load_state(folder: Path, name: str) -> Any:
             return [unpack(v) for v in value]
         return tuple(unpack(v) for v in value) if kind == "tuple" else value
 
-    return unpack(json.loads(file.read_text(encoding="utf-8")))
+    return unpack(_read_json(file))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. CheckpointError if it is damaged."""
+    try:
+        return load_file(str(file))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors ({error}); it was cut off or changed, so copy it again or take an "
+            "earlier checkpoint"
+        ) from error
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is no JSON ({error}); it was cut off or changed, so copy it again or take an earlier checkpoint"
+        ) from error
 
 
 def save_json(folder: Path, name: str, values: Mapping[str, Any]) -> None:
@@ -105,7 +126,7 @@ def load_json(folder: Path, name: str) -> dict[str, Any]:
     file = folder / f"{name}.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {name}.json; is it the checkpoint of a training run?")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return _read_json(file)
 
 
 # ---- random states

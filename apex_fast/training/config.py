@@ -268,6 +268,13 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("lr_warmup_steps", self.lr_warmup_steps, 0)
+        if self.max_sequence_length is not None:
+            _at_least("max_sequence_length", self.max_sequence_length, 1)
+        if self.guidance_scale is not None and not self.guidance_scale >= 0:
+            raise SettingsError(
+                f"guidance_scale must be at least 0, got {self.guidance_scale}; null guides as the model's own "
+                "pipeline does"
+            )
         if not self.learning_rate > 0:
             raise SettingsError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -342,6 +349,11 @@ class TrainConfig:
 
     def _check_weights(self) -> None:
         """What is trained, and how it is stored."""
+        if self.start_lora is None and self.start_lora_mode != "merge":
+            raise SettingsError(
+                f"start_lora_mode: {self.start_lora_mode} says how to start from a LoRA, and there is none; write "
+                "start_lora, or leave start_lora_mode out"
+            )
         if self.rank is None:
             full = "all parameters are tuned (rank: null)"
             for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target_modules", "lora_dtype"):
@@ -380,6 +392,11 @@ class TrainConfig:
                 raise SettingsError(
                     f"use_dora with lora_dropout needs lora_dtype ({self.lora_dtype}) to be weight_dtype "
                     f"({self.weight_dtype}), or mixed_precision: bf16: peft multiplies the two with each other there"
+                )
+            if self.start_lora_mode == "continue" and self.lora_dtype != "fp32":
+                raise SettingsError(
+                    f"lora_dtype: {self.lora_dtype}: start_lora_mode: continue trains the LoRA in fp32, whatever its "
+                    "file is stored in; leave lora_dtype out"
                 )
             if self.lora_target_modules == []:
                 raise SettingsError("lora_target_modules is empty; name layers, or write null for the family's")

@@ -4,10 +4,13 @@ then dropped.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +21,11 @@ from apex_fast.data.folder import BrokenPictureError, PictureFolder, read_pictur
 from apex_fast.training.batches import PromptTable, TextImages, load_digits
 from apex_fast.training.config import DIGITS, TrainConfig
 from apex_fast.training.guidance import RealGuidance
+from apex_fast.training.memory import release
 from apex_fast.training.settings import SettingsError
 
 PROMPTS_AT_ONCE = 8
-PICTURES_AT_ONCE = 4
+PICTURES_AT_ONCE = 1
 SHARE_OF_MEMORY = 0.5
 """Share of the machine's memory that latents and embeddings may take."""
 _REPORT_SECONDS = 10.0
@@ -59,6 +63,21 @@ def open_data(config: TrainConfig) -> TextImages | PictureFolder:
         raise
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def data_digest(source: TextImages | PictureFolder) -> dict[str, Any] | None:
+    """What tells later whether a folder still holds the same pictures and captions; None for data that ships.
+
+    ``names`` are those of the files inside the folder: it may be moved.
+    """
+    if not isinstance(source, PictureFolder):
+        return None
+    names = [source.name(file) for file in source.files]
+    digests = {
+        key: hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        for key, texts in (("names", names), ("captions", source.captions))
+    }
+    return {"count": len(names), **digests}
 
 
 def picture_size(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:
@@ -116,16 +135,18 @@ def encode_data(
     if config.proportion_empty_prompts > 0 and "" not in prompts:
         prompts.append("")
     # One after the other, so that text encoders, VAE and transformer are never on the device together.
-    _move(backbone, backbone.text_parts, device)
+    move_parts(backbone, backbone.text_parts, device)
     _check_memory(config, backbone, len(source), prompts)
     table = PromptTable(lambda texts: encode_text(backbone, texts), prompts, device)
     negative = None
     if guidance is not None:
         negative = encode_text(backbone, [guidance.negative_prompt], negative=True).to(device)
     backbone.free_text_encoders()
+    release()
     data, warnings = _samples(config, backbone, source, device, say)
     if config.validation_steps is None or not config.validation_prompts:
         backbone.free_vae()
+        release()
     say(
         f"encoded {len(data)} pictures to {_size(data.images.numel() * data.images.element_size())} of latents and "
         f"{len(prompts)} prompts to {_size(table.bytes)} of embeddings, kept in memory"
@@ -168,7 +189,7 @@ def _encode_pictures(
 ) -> Tensor:
     """Latents ``[N, C, h, w]`` fp32 on the CPU; broken pictures are left out of ``source``."""
     height, width = picture_size(config, backbone)
-    _move(backbone, ("vae",), device)
+    move_parts(backbone, ("vae",), device)
     vae = backbone.components.get("vae")
     generator = None if vae is None else torch.Generator(vae.device).manual_seed(config.seed)
     latents: list[Tensor] = []
@@ -215,7 +236,8 @@ def _check_memory(config: TrainConfig, backbone: Backbone, count: int, prompts: 
         )
 
 
-def _move(backbone: Backbone, names: tuple[str, ...], device: torch.device) -> None:
+def move_parts(backbone: Backbone, names: tuple[str, ...], device: torch.device) -> None:
+    """Moves these components, and neither the transformer nor the others, to ``device``."""
     for name in names:
         part = backbone.components.get(name)
         if isinstance(part, nn.Module) and part.device != device:

@@ -14,7 +14,8 @@ FOREIGN_KEYS = {
     "caption_dropout_rate": "write 'proportion_empty_prompts'",
     "discrete_flow_shift": "leave it out: times are drawn as 'objective.generator_times' and its kin say",
     "unet_lr": "write 'learning_rate'; there is one for all that is trained",
-    "text_encoder_lr": "write 'learning_rate' and 'train_text_encoder: true'",
+    "text_encoder_lr": "leave it out: the text encoder stays as it is, and 'learning_rate' is for all that is trained "
+    "('train_text_encoder' exists for loss: flow_matching alone)",
     "save_every_n_steps": "write 'checkpointing_steps'",
     "save_last_n_steps": "write 'checkpoints_total_limit' (a number of checkpoints, not of steps)",
     "sample_every_n_steps": "write 'validation_steps'",

@@ -49,10 +49,9 @@ def real_guidance(config: TrainConfig, backbone: Backbone) -> RealGuidance | Non
     Raises:
         SettingsError: guidance without a prompt to guide away from.
     """
-    if config.loss != "correction" or config.objective.correction_weight == 0:
+    if not _has_real_branch(config):
         return None
-    own = backbone.text is not None
-    teacher = TeacherGuidance(negative_prompt="") if own else backbone.teacher_guidance
+    teacher = _teacher(backbone)
     negative = teacher.negative_prompt if config.negative_prompt is None else config.negative_prompt
     if config.guidance_scale is None and negative is None:
         return None
@@ -67,3 +66,32 @@ def real_guidance(config: TrainConfig, backbone: Backbone) -> RealGuidance | Non
             'its own; write negative_prompt: " ", or leave guidance_scale out'
         )
     return RealGuidance(scale, negative, None if guide is not None else factor, guide)
+
+
+def unused_guidance(config: TrainConfig, backbone: Backbone, guidance: RealGuidance | None) -> list[str]:
+    """A warning if the run names a negative prompt and nothing is guided away from it."""
+    if guidance is not None or config.negative_prompt is None:
+        return []
+    unused = f'negative_prompt: "{config.negative_prompt}" is not used: '
+    if not _has_real_branch(config):
+        return [f"{unused}without a correction (loss: correction, correction_weight above 0) there is no real branch"]
+    if config.guidance_scale is not None:
+        return [
+            f"{unused}guidance_scale: {config.guidance_scale:g} means no guidance as the {backbone.family} pipeline "
+            "counts it, so the real branch is unguided; write another scale, or leave negative_prompt out"
+        ]
+    model = f"by default the {backbone.family} pipeline (scale {_teacher(backbone).scale:g}) is"
+    if backbone.text is not None:
+        model = "a model with a text encoder of its own is"
+    return [
+        f"{unused}guidance_scale is null, and {model} not guided, so the real branch is unguided; write guidance_scale "
+        "as well, e.g. guidance_scale: 4.0"
+    ]
+
+
+def _has_real_branch(config: TrainConfig) -> bool:
+    return config.loss == "correction" and config.objective.correction_weight != 0
+
+
+def _teacher(backbone: Backbone) -> TeacherGuidance:
+    return TeacherGuidance(negative_prompt="") if backbone.text is not None else backbone.teacher_guidance

@@ -26,10 +26,11 @@ from apex_fast.training import state, validation
 from apex_fast.training.batches import Batches
 from apex_fast.training.config import TrainConfig
 from apex_fast.training.ema import WeightAverage
-from apex_fast.training.encoding import encode_data, open_data, picture_size
+from apex_fast.training.encoding import data_digest, encode_data, open_data, picture_size
 from apex_fast.training.flow_matching import FlowMatching
-from apex_fast.training.guidance import real_guidance
+from apex_fast.training.guidance import real_guidance, unused_guidance
 from apex_fast.training.interrupt import StopRequest
+from apex_fast.training.memory import during, release
 from apex_fast.training.models import device_of, fingerprint
 from apex_fast.training.progress import Console, MetricsFile, TensorBoard, as_numbers
 from apex_fast.training.results import MODEL_FOLDER, Record, save_trained
@@ -43,6 +44,7 @@ from apex_fast.training.setup import (
     make_trainable,
     make_velocities,
     record_of,
+    start_lora_hint,
 )
 
 
@@ -93,7 +95,11 @@ class Trainer:
         random.seed(config.seed)
         np.random.seed(config.seed % (1 << 32))
         source = open_data(config)
-        self.backbone = load_backbone(config, getattr(source, "vocabulary", None) or getattr(source, "captions", []))
+        # Before unreadable pictures are left out: that is found in every part of a run again.
+        self.data_digest = data_digest(source)
+        prompts = getattr(source, "vocabulary", None) or getattr(source, "captions", [])
+        with during("loading the model"):
+            self.backbone = load_backbone(config, prompts)
         # Before the weights of a checkpoint go in: the frozen real branch is the model that the run started from.
         self.start_fingerprint = fingerprint(self.backbone)
         self.guidance = real_guidance(config, self.backbone)
@@ -101,10 +107,16 @@ class Trainer:
         self.sample_shape = self.backbone.sample_shape
         if config.image_size is not None:
             self.sample_shape = self.backbone.latent_shape(*config.image_size)
-        encoded = encode_data(config, self.backbone, source, self.device, self.guidance, self._say)
-        self.negative = encoded.negative
+        # Mistakes that cost nothing to find come before the encoding, which may take hours. The transformer stays on
+        # the CPU until that is done.
         make_trainable(config, self.backbone)
-        self.backbone.to(self.device)
+        if resume is not None:
+            state.check_history(self, resume)
+        with during("encoding pictures and prompts"):
+            encoded = encode_data(config, self.backbone, source, self.device, self.guidance, self._say)
+        self.negative = encoded.negative
+        with during(f"moving the model to {self.device}"):
+            self.backbone.to(self.device)
         self.batches = Batches(
             encoded.data,
             self._encode,
@@ -119,11 +131,13 @@ class Trainer:
         self.objective, self._notes = make_objective(config, self.backbone, self.guidance, example)
         if isinstance(self.objective, ApexObjective):
             self.objective.shift.to(self.device)
-        self._notes += encoded.warnings
-        self.velocities = make_velocities(config, self.backbone, self.device, self.guidance)
+        self._notes += [*unused_guidance(config, self.backbone, self.guidance), *encoded.warnings]
+        with during("copying the model for the real branch"):
+            self.velocities = make_velocities(config, self.backbone, self.device, self.guidance)
         if config.compile:
             compile_blocks(self.backbone, self.velocities)
-        self.average = None if config.ema_decay is None else WeightAverage(self.backbone, config.ema_decay)
+        with during("copying the trained weights for their average"):
+            self.average = None if config.ema_decay is None else WeightAverage(self.backbone, config.ema_decay)
         self.parameters = [p for p in self.backbone.parameters() if p.requires_grad]
         if isinstance(self.objective, ApexObjective):
             self.parameters += [p for p in self.objective.shift.parameters() if p.requires_grad]
@@ -145,7 +159,9 @@ class Trainer:
         self._grad_norm: Tensor | None = None
         self._changed: list[str] = []
         if resume is not None:
-            self._changed = state.restore(self, resume)
+            with during("restoring the checkpoint"):
+                self._changed = state.restore(self, resume)
+            self._notes += state.changed_data(self, resume)
         else:
             # Now that nothing of the config was refused.
             state.claim_folder(config)
@@ -199,7 +215,8 @@ class Trainer:
                 if (now := self.phase(self.step)) != phase:
                     phase = now
                     console.say(f"step {self.step}: {PHASES[phase]}")
-                values = self._one_step()
+                with during(f"step {self.step}"):
+                    values = self._one_step()
                 self.step += 1
                 if self.step % config.logging_steps == 0 or self.step == last:
                     numbers = as_numbers(values)
@@ -219,22 +236,19 @@ class Trainer:
                     )
                 console.step(self.step, note)
                 self._call_back()
-                if config.validation_steps is not None and self.step % config.validation_steps == 0:
-                    scores = validation.validate(self, board)
-                    if scores:
-                        metrics.write(self.step, {f"validation/{k}": v for k, v in scores.items()})
-                        console.say(
-                            f"step {self.step}, validation: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items())
-                        )
-                if config.checkpointing_steps is not None and self.step % config.checkpointing_steps == 0:
+                # Saved first: what fails in a validation must not cost the steps before it.
+                over = self.step >= last or stop.received is not None
+                if over or self._due(config.checkpointing_steps):
                     self.save()
+                if self._due(config.validation_steps):
+                    self._validate(metrics, console, board)
             finished = self.step >= config.max_train_steps
             path = self.save()
             if finished:
                 self.export()
                 console.say(f"finished at step {self.step}; the model is in {self.output_dir / MODEL_FOLDER}")
-                if config.start_lora is not None and config.start_lora_mode != "continue":
-                    console.say(f"use it together with {config.start_lora}, on which it was trained")
+                if (hint := start_lora_hint(config)) is not None:
+                    console.say(hint)
             elif stop.received is not None:
                 console.say(
                     f"stopped at step {self.step} of {config.max_train_steps}; saved {path}\n"
@@ -242,6 +256,26 @@ class Trainer:
                     "--resume_from_checkpoint latest"
                 )
         return RunResult(self.step, finished, 0 if finished else stop.exit_code, time.monotonic() - begun)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _validate(self, metrics: MetricsFile, console: Console, board: TensorBoard | None) -> None:
+        try:
+            scores = validation.validate(self, board)
+        except torch.OutOfMemoryError:
+            scores = None
+        if scores is None:
+            # Outside of the handler, whose error holds the tensors that did not fit.
+            release()
+            console.say(
+                f"step {self.step}, validation: skipped, it does not fit into the memory of {self.device} (pictures "
+                "are drawn one at a time already); the run goes on. Write validation_steps: null, a smaller resolution"
+                + (", or validation_metrics: false" if self.config.validation_metrics else "")
+            )
+        elif scores:
+            metrics.write(self.step, {f"validation/{k}": v for k, v in scores.items()})
+            console.say(f"step {self.step}, validation: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
     def announce(self, console: Console) -> None:
         """Says what the run does and what to expect of it."""
@@ -377,7 +411,8 @@ class Trainer:
         # The watch reports a value once; whoever caught that error still has the weights that the step has spoilt.
         if self._grad_norm is not None and not math.isfinite(norm := self._grad_norm.item()):
             raise NonFiniteLossError(GRADIENT_NORM, self.step - 1, norm)
-        checkpoints.write_folder(path, lambda folder: state.write(self, folder))
+        with during(f"writing {path.name}"):
+            checkpoints.write_folder(path, lambda folder: state.write(self, folder))
         checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
         self.saved_step = self.step
         return path
@@ -386,7 +421,7 @@ class Trainer:
         """Writes the averaged weights as ``model/``, in the layout that diffusers reads; what was there stays until
         they are on the disk."""
         target, record = self.output_dir / MODEL_FOLDER, self.record
-        with self.undisturbed():
+        with during("writing the finished model"), self.undisturbed():
             checkpoints.write_folder(target, lambda folder: save_trained(self.backbone, folder, record))
         return target
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from apex_fast.backbones.base import Backbone
@@ -113,6 +114,11 @@ def load_pretrained(
         )
     except ValueError as error:
         raise SettingsError(f"pretrained_model_name_or_path: {error}") from error
+    except SafetensorError as error:
+        raise SettingsError(
+            f"pretrained_model_name_or_path: a weight file of {source} cannot be read as safetensors ({error}); it was "
+            "cut off or is another kind of file, so copy or download it again"
+        ) from error
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from apex_fast.extras import require
-from apex_fast.training.checkpoint import CheckpointError, checkpoints, damage, replaced
+from apex_fast.training.checkpoint import CheckpointError, checkpoints, damage, read_tensors, replaced
 
 if TYPE_CHECKING:
     from apex_fast.backbones.base import Backbone
@@ -116,7 +115,7 @@ def _load_adapter(transformer: nn.Module, folder: Path) -> None:
     file = folder / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {WEIGHTS}; was the run one of full tuning?")
-    state = {name.removeprefix("transformer."): value for name, value in load_file(str(file)).items()}
+    state = {name.removeprefix("transformer."): value for name, value in read_tensors(file).items()}
     own = peft.get_peft_model_state_dict(transformer, adapter_name=GENERATOR)
     _compare(file, {name: own[name].shape for name in own}, {name: state[name].shape for name in state})
     peft.set_peft_model_state_dict(transformer, state, adapter_name=GENERATOR)
@@ -133,7 +132,7 @@ def load_weights(target: nn.Module, folder: Path) -> None:
         raise CheckpointError(f"{folder} has no .safetensors file")
     state: dict[str, torch.Tensor] = {}
     for file in files:
-        state.update(load_file(str(file)))
+        state.update(read_tensors(file))
     own = target.state_dict(keep_vars=True)
     # One memory under two names (tied embeddings) is written once.
     saved = {own[name].data_ptr() for name in state if name in own}

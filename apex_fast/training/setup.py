@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from apex_fast.backbones.base import Backbone
@@ -98,12 +100,35 @@ def make_trainable(config: TrainConfig, backbone: Backbone) -> None:
         backbone.enable_gradient_checkpointing()
 
 
+def start_lora_hint(config: TrainConfig) -> str | None:
+    """What has to be known about the LoRA that a run started from by whoever uses its result."""
+    if config.start_lora is None or config.start_lora_mode == "continue":
+        return None
+    if config.mode == "full":
+        return f"{config.start_lora} is part of its weights; do not add it again"
+    if config.start_lora_mode == "frozen":
+        return f"use it together with {config.start_lora}, on which it was trained"
+    return (
+        f"it belongs on the model with {config.start_lora} merged into it, as it was trained: apex-fast generate "
+        "merges it by itself; other programs load it once, beside this LoRA, unless their model holds it already"
+    )
+
+
 def _start_from_lora(config: TrainConfig, backbone: Backbone) -> None:
     from apex_fast.lora import load_start_lora
 
     assert config.start_lora is not None
+    file = start_lora_file(config.start_lora)
     try:
-        load_start_lora(backbone, start_lora_file(config.start_lora), config.start_lora_mode)
+        # Ahead of diffusers, which reports a damaged file in other words in every version.
+        with safe_open(file, "pt"):
+            pass
+        load_start_lora(backbone, file, config.start_lora_mode)
+    except SafetensorError as error:
+        raise SettingsError(
+            f"start_lora: {file} cannot be read as safetensors ({error}); it was cut off or is another kind of file, "
+            "so copy or download it again"
+        ) from error
     except ValueError as error:
         raise SettingsError(f"start_lora: {error}") from error
 
@@ -120,6 +145,7 @@ def _add_lora(config: TrainConfig, backbone: Backbone) -> None:
                     f"rank: {config.rank}, but {config.start_lora} has rank {rank}, and start_lora_mode: continue "
                     f"trains that one; write rank: {rank}"
                 )
+            _check_continued(config, backbone)
             return
     targets = None if config.lora_target_modules is None else tuple(config.lora_target_modules)
     try:
@@ -134,7 +160,51 @@ def _add_lora(config: TrainConfig, backbone: Backbone) -> None:
         )
         add_lora(backbone, settings, seed=config.seed)
     except ValueError as error:
-        raise SettingsError(f"rank: {error}") from error
+        key = "lora_target_modules" if targets is not None and "add_lora: no layer" in str(error) else "rank"
+        raise SettingsError(f"{key}: {error}") from error
+
+
+def _check_continued(config: TrainConfig, backbone: Backbone) -> None:
+    """SettingsError for settings that say something else than the LoRA that is trained further: they would not be
+    followed. Those left at their defaults say nothing."""
+    from apex_fast.lora import GENERATOR
+
+    own = backbone.transformer.peft_config[GENERATOR]
+    asked: dict[str, tuple[Any, Any]] = {
+        "lora_alpha": (config.lora_alpha, own.lora_alpha),
+        "use_rslora": (config.use_rslora or None, bool(own.use_rslora)),
+        "use_dora": (config.use_dora or None, bool(own.use_dora)),
+        "lora_dropout": (config.lora_dropout or None, own.lora_dropout),
+    }
+    reason = "start_lora_mode: continue trains that LoRA as it is"
+    for key, (wanted, found) in asked.items():
+        if wanted is not None and wanted != found:
+            raise SettingsError(
+                f"{key}: {wanted}, but {config.start_lora} has {found}, and {reason}; leave {key} out, or write "
+                "start_lora_mode: merge to train a new one"
+            )
+    if config.lora_target_modules is None:
+        return
+    mark, ends = f".{GENERATOR}", tuple(config.lora_target_modules)
+    adapted, others = set(), set()
+    unused = {name.rpartition(".")[0] for name in backbone.parameters_without_gradient()}
+    for name, module in backbone.transformer.named_modules():
+        if hasattr(module, "lora_A") and GENERATOR in module.lora_A:
+            adapted.add(name)
+        elif isinstance(module, nn.Linear) and mark not in name and not name.endswith(".base_layer"):
+            others.add(name)
+    kept = {name for name in adapted if _ends_with(name, ends)}
+    missed = sorted({name for name in others - unused if _ends_with(name, ends)})
+    if missed or kept != adapted:
+        differs = f"does not adapt {missed[0]}" if missed else f"adapts {min(adapted - kept)} as well"
+        raise SettingsError(
+            f"lora_target_modules: {list(ends)}, but {config.start_lora} {differs}, and {reason}; leave "
+            "lora_target_modules out, or write start_lora_mode: merge to train a new one"
+        )
+
+
+def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def record_of(config: TrainConfig, backbone: Backbone, size: tuple[int, int]) -> Record:

@@ -15,11 +15,12 @@ from pathlib import Path
 from apex_fast.backbones.loading import family_of
 from apex_fast.data.folder import METADATA, PictureFolder
 from apex_fast.extras import require
+from apex_fast.planning.blueprint import PlanError, blueprint_of
 from apex_fast.planning.published import PUBLISHED
 from apex_fast.training.config import DIGITS, DIGITS_START, TrainConfig
 from apex_fast.training.encoding import open_data
 from apex_fast.training.loop import Trainer
-from apex_fast.training.models import is_hub_id, pretrained_folder, quiet_libraries
+from apex_fast.training.models import is_hub_id, pretrained_folder, quiet_libraries, start_lora_file
 from apex_fast.training.results import INDEX, Record
 from apex_fast.training.settings import SettingsError
 
@@ -97,7 +98,12 @@ def family_of_config(config: TrainConfig) -> str:
             found = record.family
         else:
             index = folder / INDEX if (folder / INDEX).is_file() else folder / "config.json"
-            values = json.loads(index.read_text(encoding="utf-8"))
+            try:
+                values = json.loads(index.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise SettingsError(
+                    f"pretrained_model_name_or_path: {index} is no JSON ({error}); copy or download it again"
+                ) from error
             try:
                 backbone = family_of(values.get("_class_name", ""), str(name))
             except ValueError as error:
@@ -125,6 +131,9 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         notes += [f"dataset_name: {line}" for line in data.warnings()]
     else:
         notes.append(f"dataset_name: {config.dataset_name} is not there yet; the run will need it")
+    if config.start_lora is not None:
+        start_lora_file(config.start_lora)
+    _check_size(config)
     left_out = {"quantization": None, "start_lora": None, "start_lora_mode": "merge", "compile": False}
     for name, default in left_out.items():
         if getattr(config, name) != default:
@@ -158,6 +167,23 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         logging_steps=1,
     )
     return small, notes
+
+
+def _check_size(config: TrainConfig) -> None:
+    """SettingsError for a ``resolution`` that the model of the config, not the tiny one, cannot make; nothing where
+    that model cannot be known without loading it."""
+    if config.image_size is None:
+        return
+    try:
+        model = blueprint_of(config)
+        network = model.backbone()
+    except (ValueError, FileNotFoundError):
+        # Its own mistakes are found by the run, in the run's words.
+        return
+    try:
+        model.latent_shape(network, config.image_size)
+    except PlanError as error:
+        raise SettingsError(str(error)) from error
 
 
 def render_pictures(folder: Path) -> None:

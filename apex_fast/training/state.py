@@ -22,6 +22,22 @@ if TYPE_CHECKING:
 NOT_OF_THE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "output_dir")
 """Keys that may differ between the parts of one run."""
 
+_SCALE = ", and the weights of the LoRA mean something else under it"
+_LAYERS = ", which makes another network"
+_STORED = ", so the base is not stored as it was"
+FIXED = {
+    "loss": "",
+    "rank": _LAYERS,
+    "lora_alpha": _SCALE,
+    "use_rslora": _SCALE,
+    "use_dora": _LAYERS,
+    "lora_dropout": ", so the rest of the run would be another training than its beginning",
+    "lora_target_modules": _LAYERS,
+    "weight_dtype": _STORED,
+    "quantization": _STORED,
+}
+"""Keys that a run keeps to its end, and why."""
+
 
 def write(trainer: Trainer, folder: Path) -> None:
     """Everything that a resumed run needs to go on with the same numbers, into the new ``folder``."""
@@ -43,6 +59,7 @@ def write(trainer: Trainer, folder: Path) -> None:
         "samples_seen": trainer.batches.position,
         "start": _start(trainer),
         "config": as_mapping(trainer.config),
+        "data": trainer.data_digest,
         "versions": {"apex_fast": __version__, "torch": torch.__version__},
     }
     checkpoints.save_json(folder, "trainer", run)
@@ -58,15 +75,14 @@ def _start(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, folder: Path) -> list[str]:
-    """Puts the trainer where it was when ``folder`` was written; returns the settings that differ since.
+    """Puts the trainer where it was when ``folder``, which :func:`check_history` accepted, was written; returns the
+    settings that differ since.
 
     Raises:
-        CheckpointError: the checkpoint is of another run, start or network, or not the newest of its folder.
-        SettingsError: the run is over.
+        CheckpointError: the checkpoint is of another network.
     """
     config = trainer.config
     run = checkpoints.load_json(folder, "trainer")
-    _check_history(trainer, folder, run)
     load_trained(trainer.backbone, folder / MODEL_FOLDER, config.mode)
     average = checkpoints.load_state(folder, "ema")
     if trainer.average is not None and average is None:
@@ -87,15 +103,18 @@ def restore(trainer: Trainer, folder: Path) -> list[str]:
     trainer.step, trainer.batches.position = int(run["step"]), int(run["samples_seen"])
     if folder.parent.resolve() == trainer.output_dir.resolve():
         trainer.saved_step = trainer.step
-    if trainer.step > config.max_train_steps:
-        raise SettingsError(
-            f"max_train_steps is {config.max_train_steps}, but {folder} is at step {trainer.step} already"
-        )
     return differences(run["config"], as_mapping(config), leave_out=NOT_OF_THE_RUN)
 
 
-def _check_history(trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
-    config, before = trainer.config, run["config"]
+def check_history(trainer: Trainer, folder: Path) -> None:
+    """Whether ``trainer`` can go on from ``folder``, as far as that can be told before data is encoded.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run or start, or not the newest of its folder.
+        SettingsError: the run is over.
+    """
+    config, run = trainer.config, checkpoints.load_json(folder, "trainer")
+    before, now = run["config"], as_mapping(config)
     later = [p.name for p in checkpoints.checkpoints(trainer.output_dir) if checkpoints.step_of(p) > int(run["step"])]
     if later:
         # Two histories in one folder: "latest" and checkpoints_total_limit would mix them up.
@@ -103,10 +122,16 @@ def _check_history(trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
             f"{trainer.output_dir} has newer checkpoints than {folder.name} ({', '.join(later)}); write another "
             "output_dir and the path of the checkpoint, or delete the newer ones"
         )
-    for key in ("loss", "rank"):
-        if before.get(key) != getattr(config, key):
+    if int(run["step"]) > config.max_train_steps:
+        raise SettingsError(
+            f"max_train_steps is {config.max_train_steps}, but {folder} is at step {run['step']} already"
+        )
+    for key, why in FIXED.items():
+        # A checkpoint of an earlier version need not know every key.
+        if key in before and _meant(key, before) != _meant(key, now):
             raise CheckpointError(
-                f"{folder} is of a run with {key}: {before.get(key)}, this one has {key}: {getattr(config, key)}"
+                f"{folder} is of a run with {key}: {_shown(before[key])}, this one has {key}: {_shown(now[key])}{why}; "
+                f"write {key}: {_shown(before[key])}, or start a new run in another output_dir"
             )
     # A LoRA is nothing without its base, and a frozen real branch is not saved: both are the start, read again.
     if config.mode == "full" and config.real_branch_in_use != "frozen":
@@ -123,6 +148,37 @@ def _check_history(trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
             f"{folder} was tuned from another start_lora (or start_lora_mode) than start_lora: {config.start_lora}, "
             f"start_lora_mode: {config.start_lora_mode}"
         )
+
+
+def changed_data(trainer: Trainer, folder: Path) -> list[str]:
+    """What differs between the pictures and captions that ``folder`` was trained on and those that are there now."""
+    before, now = checkpoints.load_json(folder, "trainer").get("data"), trainer.data_digest
+    if before is None or now is None or before == now:
+        return []
+    found = []
+    if before["count"] != now["count"]:
+        found.append(f"{before['count']} pictures then, {now['count']} now")
+    elif before["names"] != now["names"]:
+        found.append(f"as many pictures ({now['count']}) under other names")
+    if before["names"] == now["names"] and before["captions"] != now["captions"]:
+        found.append("the same pictures with other captions")
+    return [
+        f"dataset_name: {trainer.config.dataset_name} is not what {folder.name} was trained on: {'; '.join(found)}. "
+        "The run goes on with what is there now, so it is not the one that it would have been"
+    ]
+
+
+def _meant(key: str, values: dict[str, Any]) -> Any:
+    """The value of a key with what null stands for put in its place, where it is known without the model."""
+    if key == "lora_alpha" and values.get("start_lora_mode") != "continue" and values[key] is None:
+        return values["rank"]
+    return values[key]
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def claim_folder(config: TrainConfig, *, delete: bool = True) -> None:

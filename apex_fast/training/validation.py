@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apex_fast.backbones.base import Backbone
 from apex_fast.condition import Condition
 from apex_fast.sampler import sample
+from apex_fast.training.memory import during
 from apex_fast.training.progress import TensorBoard
 from apex_fast.velocities import Guide
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 VALIDATION_SEED = 20260
 """Seed of validation noise: the same noise at every validation of every run, so that pictures can be compared."""
-
-AT_ONCE = 4
-"""Pictures of a large model that are sampled in one batch; models in pixel space sample all at once."""
 
 SMALL = 64
 """Edge in pixels up to which pictures are enlarged to be looked at."""
@@ -42,22 +40,27 @@ def draw_pictures(
 ) -> Tensor:
     """Images ``[N, 3, H, W]`` (``[N, C, h, w]`` in pixel space) in about [-1, 1], fp32 on the CPU, from ``noise``
     ``[N, C, h, w]`` and as many conditions, both anywhere; arguments as :func:`apex_fast.sample`.
+
+    Models in pixel space sample all at once; others one picture at a time, since decoding alone takes gigabytes for
+    each at 1024 pixels.
     """
     device = backbone.device
-    many = len(noise) if backbone.text is not None else AT_ONCE
+    many = len(noise) if backbone.text is not None else 1
     images = []
     for first in range(0, len(noise), many):
         rows = slice(first, first + many)
-        latents = sample(
-            backbone,
-            noise[rows].to(device),
-            condition.index(rows).to(device),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_condition=negative_condition,
-            guide=guide,
-        )
-        images.append(backbone.decode(latents).float().cpu())
+        with during("sampling pictures"):
+            latents = sample(
+                backbone,
+                noise[rows].to(device),
+                condition.index(rows).to(device),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_condition=negative_condition,
+                guide=guide,
+            )
+        with during("decoding pictures"):
+            images.append(backbone.decode(latents).float().cpu())
     return torch.cat(images)
 
 
