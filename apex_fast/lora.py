@@ -77,11 +77,12 @@ class LoraSettings:
             raise ValueError(f"LoraSettings: dropout must be at least 0 and below 1, got {self.dropout}")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("LoraSettings: target_modules is empty; name layers, or None for the family's default")
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise ValueError(f'LoraSettings: dtype must be "fp32" or "bf16", got {self.dtype!r}')
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Names of dtypes in settings, of adapters and of bases."""
 
 
 # ---- which adapters are active
@@ -256,7 +257,7 @@ def add_lora(backbone: Backbone, settings: LoraSettings, *, seed: int | None = N
                 f"{_example_layers(transformer)}"
             ) from error
     for parameter in _adapter(transformer, GENERATOR).values():
-        parameter.data = parameter.data.to(_DTYPES[settings.dtype])
+        parameter.data = parameter.data.to(DTYPES[settings.dtype])
         parameter.requires_grad_(True)
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
 from ops_cases import (
     BF16,
-    CHUNK,
     F16,
     F32,
     F64,
     FLOATS,
     HALVES,
     INTERPOLATE,
-    LAYOUT_SHAPE,
     LAYOUTS,
     SIZES,
     Inputs,
@@ -36,7 +33,7 @@ from ops_checks import (
     run,
 )
 
-from apex_fast import _library, ops
+from apex_fast import ops
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "one_thread")
 
@@ -204,75 +201,3 @@ def test_times_may_want_a_gradient_where_none_is_recorded() -> None:
 def test_refusals_of_backward(changes: Inputs, message: str) -> None:
     inputs = {"grad": torch.ones(2, 4), "t": torch.ones(2), "output_mask": [True, True]}
     assert_refused(torch.ops.apex_fast.interpolate_backward, inputs | changes, message)
-
-
-# ---- CUDA
-
-
-def on_cuda(inputs: Inputs) -> Inputs:
-    """On the device, every tensor with its strides and its distance from a 16-byte boundary."""
-    moved: Inputs = {}
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage().cuda()
-            copy = torch.empty(0, dtype=value.dtype, device="cuda")
-            value = copy.set_(storage, value.storage_offset(), value.shape, value.stride())
-        moved[name] = value
-    return moved
-
-
-@pytest.fixture
-def cuda_kernel(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
-    """Skips where the library has no CUDA kernel; afterwards makes sure that the plain torch twin did not step in."""
-    if "interpolate" not in _library.build_module().facts()["cuda_ops"]:
-        pytest.skip("this build of apex_fast has no CUDA kernels")
-    yield
-    assert not [w for w in recwarn if "plain torch twin" in str(w.message)]
-
-
-def check_on_cuda(inputs: Inputs) -> None:
-    upstream = upstream_for(INTERPOLATE, inputs)
-    there = run(ops.interpolate, on_cuda(inputs), "xz", [u.cuda() for u in upstream])
-    here = run(ops.interpolate, inputs, "xz", upstream)
-    on_host = iter([*there.outputs, *there.gradients.values()])
-    assert next(iter(there.outputs)).stride() == here.outputs[0].stride()
-    assert_matches_truth(INTERPOLATE, inputs, lambda **_: next(on_host).cpu(), gradients=False)
-    tolerance = {"rtol": 2 * torch.finfo(inputs["x"].dtype).eps, "atol": 1e-6}
-    for a, b in zip(
-        [*there.outputs, *there.gradients.values()], [*here.outputs, *here.gradients.values()], strict=True
-    ):
-        torch.testing.assert_close(a.cpu(), b, **tolerance)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("time", (F32, F64))
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_cuda_every_dtype(dtype: torch.dtype, time: torch.dtype, cuda_kernel: None) -> None:
-    check_on_cuda(make_inputs(INTERPOLATE, (5, 3, 701), state=dtype, time=time))
-
-
-@pytest.mark.cuda
-def test_cuda_every_size(cuda_kernel: None) -> None:
-    for shape in SIZES:
-        for dtype in (F32, BF16):
-            check_on_cuda(make_inputs(INTERPOLATE, shape, state=dtype))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_cuda_layouts(layout: str, cuda_kernel: None) -> None:
-    for dtype in (F32, BF16):
-        check_on_cuda(make_inputs(INTERPOLATE, LAYOUT_SHAPE, state=dtype, layout=layout))
-        check_on_cuda(make_inputs(INTERPOLATE, LAYOUT_SHAPE, state=dtype, layout={"z": layout}))
-
-
-@pytest.mark.cuda
-def test_cuda_repeats_bit_for_bit(cuda_kernel: None) -> None:
-    inputs = on_cuda(make_inputs(INTERPOLATE, (4, 3 * CHUNK + 5), state=BF16))
-    assert_same_bits([ops.interpolate(**inputs)], [ops.interpolate(**inputs)], "second call")
-
-
-@pytest.mark.cuda
-def test_cuda_times_elsewhere_are_refused(cuda_kernel: None) -> None:
-    inputs = on_cuda(small_inputs()) | {"t": torch.zeros(2)}
-    assert_refused(ops.interpolate, inputs, "interpolate: t must be on the device of x, got cpu and cuda:0")

@@ -334,7 +334,8 @@ def test_sampling_is_guided_as_the_pipeline_counts(sana: Path, qwen: Path, famil
 
 def test_the_fingerprint_tells_models_apart(sana: Path, tmp_path: Path) -> None:
     from apex_fast.backbones.base import Backbone
-    from apex_fast.training.models import DTYPES, fingerprint
+    from apex_fast.lora import DTYPES
+    from apex_fast.training.models import fingerprint
 
     backbone = Backbone.from_pretrained(sana)
     first = fingerprint(backbone)

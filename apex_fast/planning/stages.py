@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from apex_fast.lora import DTYPES
 from apex_fast.planning.blueprint import Blueprint, vae_on_meta
 from apex_fast.planning.memory import ACTIVATIONS, LiveBytes
 from apex_fast.planning.meta import AcceleratorOnMeta
-from apex_fast.planning.step import AVERAGE, DTYPES, FROZEN, GRADIENTS, TRAINED, StepBytes, cast_weights
+from apex_fast.planning.step import AVERAGE, FROZEN, GRADIENTS, TRAINED, StepBytes, cast_weights
 from apex_fast.training.config import TrainConfig
 
 PROMPTS, PICTURES, STEP, VALIDATION = "encoding prompts", "encoding pictures", "a step", "validation"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apex_fast.backbones.base import Backbone
 from apex_fast.condition import Condition
-from apex_fast.lora import EMA
+from apex_fast.lora import DTYPES, EMA
 from apex_fast.objective import ApexObjective
 from apex_fast.planning.blueprint import Blueprint
 from apex_fast.planning.memory import ACTIVATIONS, LiveBytes, bytes_of
@@ -27,8 +27,6 @@ from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import real_guidance
 from apex_fast.training.setup import make_objective, make_trainable, make_velocities
 from apex_fast.velocities import Velocities
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 FROZEN, TRAINED, REAL, GRADIENTS, OPTIMIZER, AVERAGE = (
     "frozen weights",

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from apex_fast.backbones.base import Backbone
 from apex_fast.extras import require
+from apex_fast.lora import DTYPES
 from apex_fast.training.checkpoint import CheckpointError, load_state, replaced
 from apex_fast.training.config import DIGITS_START
 from apex_fast.training.results import INDEX, MODEL_FOLDER, TRANSFORMER, Found, Record, find_result, load_weights
 from apex_fast.training.settings import SettingsError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pretrained_source(name_or_path: str) -> Path | str:
