@@ -1,0 +1,144 @@
+"""One network over several processes: a replica in each (DistributedDataParallel), or a shard in each (FSDP2).
+
+A step of the objective calls its network three to five times and runs up to three backwards, and gradients must cross
+the processes once, in the last of them. :func:`replicate` and :func:`shard` put the network's roles in place and return
+the ``no_sync`` that ``objective.backward(..., no_sync=)`` takes for all but that last one::
+
+    velocities = Velocities.from_module(backbone, real="frozen")  # or lora_velocities(backbone)
+    no_sync = distributed.replicate(velocities, backbone)         # or distributed.shard(velocities, backbone)
+    optimizer = AdamW([p for p in backbone.parameters() if p.requires_grad])
+    for step, (x, condition) in enumerate(my_share_of_the_data):
+        objective.backward(velocities, x, condition, step=step, no_sync=no_sync)
+        distributed.average_gradients(objective.shift.parameters())
+
+The roles come first: a real branch that is a copy has to be made from a network that is whole. With the same number of
+samples in every process the gradients are those of one process with the whole batch, to rounding; the tests hold every
+schedule to that, for full tuning and LoRA, with and without gradient checkpointing, in two real processes.
+
+The real branch is only read, so it stays outside of DistributedDataParallel; under :func:`shard` a copy is sharded like
+the network. What FSDP2's ``no_sync`` costs is memory: the gradients that wait for the last backward are whole, one more
+copy of the trained parameters. ``reduce_every_backward=True`` exchanges them at once instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from apex_fast.backbones.base import Backbone
+from apex_fast.velocities import Velocities
+
+NoSync = Callable[[], AbstractContextManager]
+
+
+def replicate(velocities: Velocities, backbone: Backbone, **options: Any) -> NoSync:
+    """Keeps a whole network in every process and averages its gradients.
+
+    ``velocities.generator`` (and with it the shifted branch) becomes a DistributedDataParallel around ``backbone``; the
+    real branch stays what it is. Parameters are made equal to those of the first process.
+
+    Args:
+        velocities: the roles of ``backbone``, whose generator is the backbone itself.
+        options: of ``torch.nn.parallel.DistributedDataParallel``, such as ``device_ids`` or ``bucket_cap_mb``.
+
+    Returns:
+        ``no_sync`` for ``objective.backward``.
+
+    Raises:
+        RuntimeError: no process group.
+        ValueError: another generator than the backbone, or a parameter that no output depends on and that is to be
+            trained: every backward would wait for its gradient.
+    """
+    _check(velocities, backbone, "replicate")
+    waiting = [
+        name
+        for name, parameter in backbone.transformer.named_parameters()
+        if parameter.requires_grad and name in backbone.parameters_without_gradient()
+    ]
+    if waiting:
+        raise ValueError(
+            f"replicate: no output of this {backbone.family} network depends on {waiting[:3]}; freeze what "
+            "backbone.parameters_without_gradient() names before the roles are made"
+        )
+    wrapped = nn.parallel.DistributedDataParallel(backbone, **options)
+    velocities.generator = wrapped
+    return wrapped.no_sync
+
+
+def shard(velocities: Velocities, backbone: Backbone, *, reduce_every_backward: bool = False, **options: Any) -> NoSync:
+    """Spreads the parameters over the processes, block by block (FSDP2), those of a copied real branch too.
+
+    ``backbone`` stays the callable; its parameters become DTensors, so make the optimizer after this. Names and classes
+    of modules stay, FSDP2 adds a base class of its own to each block.
+
+    Args:
+        velocities: the roles of ``backbone``, made before.
+        reduce_every_backward: exchange the gradients in each backward of a step: more traffic, and one copy of the
+            trained parameters less while they wait.
+        options: of ``torch.distributed.fsdp.fully_shard``, such as ``mesh``, ``mp_policy`` or ``offload_policy``.
+
+    Returns:
+        ``no_sync`` for ``objective.backward``.
+
+    Raises:
+        RuntimeError: no process group.
+        ValueError: another generator than the backbone.
+    """
+    _check(velocities, backbone, "shard")
+    copies = [role for role in (backbone, velocities.real) if isinstance(role, Backbone)]
+    for network in copies:
+        _shard(network.transformer, options)
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        backbone.transformer.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            backbone.transformer.set_requires_gradient_sync(True)
+
+    return nullcontext if reduce_every_backward else no_sync
+
+
+def _shard(transformer: nn.Module, options: dict[str, Any]) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for blocks in transformer.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                fully_shard(block, **options)
+    fully_shard(transformer, **options)
+
+
+def _check(velocities: Velocities, backbone: Backbone, what: str) -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"{what}: there is no process group; start with torchrun or accelerate launch and call "
+            "torch.distributed.init_process_group first"
+        )
+    if velocities.generator is not backbone:
+        raise ValueError(
+            f"{what}: the generator of these roles is a {type(velocities.generator).__name__}, not the backbone; make "
+            "the roles of the bare backbone and wrap it here"
+        )
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Averages the gradients of parameters that live outside the wrapped network, such as a trainable shift's, over the
+    processes; after ``objective.backward`` and before the optimizer's step. Parameters that need none are passed over.
+
+    A missing gradient counts as zero, so that all processes exchange the same things.
+    """
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad /= dist.get_world_size(group)
