@@ -27,6 +27,7 @@ from setuptools.command.build_py import build_py
 
 SOURCE = Path(__file__).parent.resolve()
 sys.path.insert(0, str(SOURCE / "build_backend"))
+import apex_nvcc  # noqa: E402
 import apex_toolchain  # noqa: E402
 
 
@@ -60,6 +61,8 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath("apex_fast._build")).resolve().parent
         build = self._build_folder(torch)
         cmake = apex_toolchain.find_tool("cmake")
+        nvcc = apex_nvcc.packaged_nvcc(torch)
+        missing = [] if nvcc else apex_nvcc.missing_packages(torch)
         definitions = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_MAKE_PROGRAM": apex_toolchain.find_tool("ninja"),
@@ -71,6 +74,8 @@ class CMakeBuild(build_ext):
             # Empty values too: an earlier build in the same folder may have cached others.
             "APEX_FAST_CUDA": os.environ.get("APEX_FAST_CUDA") or "auto",
             "APEX_FAST_CUDA_ARCHS": os.environ.get("APEX_FAST_CUDA_ARCHS", ""),
+            "APEX_FAST_NVCC": nvcc or "",
+            "APEX_NVCC_COMMAND": apex_nvcc.pip_command(missing),
         }
         configure = [cmake, "-S", SOURCE, "-B", build, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in definitions.items()]
@@ -79,26 +84,29 @@ class CMakeBuild(build_ext):
         with (build / "lock").open("w") as lock:
             # Installs that run at once share the folder, and the second one would pull it from under the first.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._run("configuring", [*configure, *self._fresh(build)])
+            self._run("configuring", [*configure, *self._fresh(build, torch, str(nvcc or apex_nvcc.machine_nvcc()))])
             self._run("compiling", [cmake, "--build", build, "--parallel", jobs])
             self._run("copying the libraries", [cmake, "--install", build, "--prefix", package.parent])
 
     def _build_folder(self, torch: apex_toolchain.Torch) -> Path:
         # Not build_temp: an editable install makes that a temporary folder, and every build would start anew.
-        chosen = os.environ.get("APEX_FAST_BUILD_DIR")
         name = f"{sys.implementation.cache_tag}-torch-{torch.version.replace('+', '-')}{'-debug' if self.debug else ''}"
-        folder = Path(chosen).resolve() if chosen else SOURCE / "build" / name
+        root = apex_toolchain.build_root()
+        folder = root if os.environ.get("APEX_FAST_BUILD_DIR") else root / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _fresh(self, build: Path) -> list[str]:
+    def _fresh(self, build: Path, torch: apex_toolchain.Torch, nvcc: str) -> list[str]:
         """CMake refuses, or half follows, a change of these in a folder that it has configured before."""
-        signature = json.dumps({"source": str(SOURCE), "compiler": apex_toolchain.find_compiler()})
+        signature = {"source": str(SOURCE), "compiler": apex_toolchain.find_compiler()}
+        if nvcc and apex_nvcc.wanted_cuda(torch):
+            signature["nvcc"] = nvcc
         file = build / "apex_signature.json"
-        if file.is_file() and file.read_text() == signature:
-            return []
-        file.write_text(signature)
-        return ["--fresh"]
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        # A build without CUDA names no nvcc, and CMake remembers the one from before it.
+        file.write_text(json.dumps({**before, **signature}))
+        same = all(before.get(key, value) == value for key, value in signature.items())
+        return [] if before and same else ["--fresh"]
 
     def _run(self, what: str, command: list[str | Path]) -> None:
         environment = {**os.environ, "CXX": apex_toolchain.find_compiler()}

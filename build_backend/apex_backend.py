@@ -1,8 +1,8 @@
 """PEP 517 backend: setuptools, with the torch that is installed instead of one that pip would download.
 
 With build isolation on, the hooks run where the target environment's packages cannot be imported. They look into it
-from outside (apex_toolchain.find_torch), ask the front end for the tools that are missing there, and read the others
-from it. With isolation off there is nothing to look for and the same code holds.
+from outside (apex_toolchain.find_torch), ask the front end for the tools that are missing there, nvcc among them
+(apex_nvcc), and read the others from it. With isolation off there is nothing to look for and the same code holds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import apex_nvcc
 import apex_toolchain
 
 Settings = dict[str, Any] | None
@@ -43,7 +44,8 @@ def _setuptools() -> ModuleType:
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    return apex_toolchain.missing_tools(apex_toolchain.check_environment().tools)
+    torch = apex_toolchain.check_environment()
+    return [*apex_toolchain.missing_tools(torch.tools), *apex_nvcc.requirements(torch)]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:

@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 # Importable name -> requirement. Versions are the lowest that have what is used: SPDX licence names in pyproject.toml,
 # `cmake --fresh`, FindPython support.
@@ -88,6 +89,12 @@ class Torch:
     def requirement(self) -> str:
         """Torch's C++ interface holds within one minor version, so that is what the built package asks for."""
         return f"torch=={'.'.join(self.version.split('+')[0].split('.')[:2])}.*"
+
+
+def build_root() -> Path:
+    """Where builds keep what the next one can use: ``APEX_FAST_BUILD_DIR``, else build/ in the source tree."""
+    chosen = os.environ.get("APEX_FAST_BUILD_DIR")
+    return Path(chosen).resolve() if chosen else Path(__file__).resolve().parents[1] / "build"
 
 
 def _candidate_pythons() -> Iterator[tuple[str, str]]:

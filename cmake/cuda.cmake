@@ -37,7 +37,9 @@ function(apex_add_cuda_kernels library)
   if(NOT APEX_CUDA_BUILT)
     # A CPU build of torch has every CUDA header but the one that records how its CUDA half was configured.
     set(stand_in "${CMAKE_CURRENT_BINARY_DIR}/check")
-    file(WRITE "${stand_in}/c10/cuda/impl/cuda_cmake_macros.h" "#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    # Unlike file(WRITE) this leaves an equal file alone, and the next build recompiles nothing for it.
+    file(CONFIGURE OUTPUT "${stand_in}/c10/cuda/impl/cuda_cmake_macros.h"
+      CONTENT "#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
     target_include_directories(apex_cuda_glue SYSTEM PRIVATE "${stand_in}")
     return()
   endif()

@@ -8,13 +8,28 @@
 #
 # Sets APEX_CUDA_COMPILED (compile them), APEX_CUDA_BUILT (and link them), APEX_NVCC, APEX_CUDA_ARCHITECTURES and
 # APEX_CUDA_DECISION, the reason in one line.
+#
+# setup.py may pass, from build_backend/apex_nvcc.py: APEX_FAST_NVCC, the compiler of the Python packages for a machine
+# that has none that fits; or, where they are not there either, APEX_NVCC_COMMAND, which installs them.
 
 function(apex_find_nvcc)
-  # CUDACXX is what CMake users set, CUDA_HOME what torch users set.
-  set(nvcc "$ENV{CUDACXX}")
+  # The same places in the same order as machine_nvcc in build_backend/apex_nvcc.py. CUDACXX is what CMake users set,
+  # CUDA_HOME what torch users set. /usr/local/cuda is where toolkits install themselves; the tests move it to hide one.
+  set(nvcc "${APEX_FAST_NVCC}")
+  if(NOT nvcc)
+    set(nvcc "$ENV{CUDACXX}")
+  endif()
   if(NOT nvcc)
     unset(nvcc)
-    find_program(nvcc nvcc HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" PATHS /usr/local/cuda/bin NO_CACHE)
+    set(homes "$ENV{CUDA_HOME}" "$ENV{CUDA_PATH}")
+    list(FILTER homes EXCLUDE REGEX "^$")
+    list(TRANSFORM homes APPEND "/bin")
+    set(local "$ENV{APEX_FAST_LOCAL_CUDA}")
+    if(NOT local)
+      set(local /usr/local/cuda)
+    endif()
+    # Not the folders that CMake would add: what is said to be missing from PATH must not have been found elsewhere.
+    find_program(nvcc nvcc PATHS ${homes} ENV PATH "${local}/bin" NO_DEFAULT_PATH NO_CACHE)
   endif()
   set(version "")
   if(nvcc)
@@ -49,12 +64,21 @@ else()
     set(obstacle "no nvcc on PATH, in CUDA_HOME or CUDACXX")
     string(STRIP "CUDA toolkit ${APEX_TORCH_CUDA_VERSION}" toolkit)
     set(remedy "Install the ${toolkit}, or name its compiler: CUDACXX=/path/to/nvcc.")
+    if(torch_major EQUAL 12)
+      string(APPEND remedy " pip can bring the nvcc of CUDA 13, of 12 it has none.")
+    endif()
   elseif(NOT APEX_CUDA_MODE STREQUAL "check" AND NOT torch_major STREQUAL nvcc_major)
     set(obstacle "torch is built for CUDA ${APEX_TORCH_CUDA_VERSION} and ${APEX_NVCC} is ${APEX_NVCC_VERSION}")
     set(remedy "The major versions must agree: install the CUDA toolkit ${torch_major} and set CUDACXX to its nvcc.")
   endif()
+  if(obstacle AND APEX_NVCC_COMMAND)
+    # Reached without build isolation only: with it they have been fetched.
+    string(APPEND remedy " Or without a toolkit: ${APEX_NVCC_COMMAND}. Without --no-build-isolation pip"
+      " fetches them for the build by itself.")
+  endif()
   if(obstacle AND APEX_CUDA_MODE STREQUAL "auto")
     set(APEX_CUDA_DECISION "off: ${obstacle}")
+    message(STATUS "apex_fast: for CUDA kernels: ${remedy}")
   elseif(obstacle)
     message(FATAL_ERROR "APEX_FAST_CUDA=${APEX_CUDA_MODE}, but ${obstacle}. ${remedy}")
   else()
@@ -68,9 +92,13 @@ else()
       endif()
     endif()
     string(REPLACE ";" ", " text "${APEX_CUDA_ARCHITECTURES}")
-    set(APEX_CUDA_DECISION "on: nvcc ${APEX_NVCC_VERSION}, architectures ${text}")
+    set(text "nvcc ${APEX_NVCC_VERSION}, architectures ${text}")
+    if(APEX_FAST_NVCC)
+      string(APPEND text ", package nvidia-cuda-nvcc")
+    endif()
+    set(APEX_CUDA_DECISION "on: ${text}")
     if(APEX_CUDA_MODE STREQUAL "check")
-      set(APEX_CUDA_DECISION "compiled and not linked (check): nvcc ${APEX_NVCC_VERSION}, architectures ${text}")
+      set(APEX_CUDA_DECISION "compiled and not linked (check): ${text}")
     else()
       set(APEX_CUDA_BUILT ON)
     endif()
