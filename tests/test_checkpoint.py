@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import resource
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +119,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "no manifest", "manifest cut"])
+@pytest.mark.parametrize("harm", ["cut", "missing", "no manifest", "manifest cut", "one bit"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, harm: str) -> None:
     write_one(tmp_path, 9)
     bad = write_one(tmp_path, 10)
@@ -125,11 +129,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, harm: str
         (bad / "weights.txt").unlink()
     elif harm == "no manifest":
         (bad / "manifest.json").unlink()
+    elif harm == "one bit":
+        (bad / "weights.txt").write_text("x" * 99 + "y")
+        assert checkpoint.damage(bad) is None, "listing checkpoints reads no weights"
     else:
         (bad / "manifest.json").write_text('{"files": {')
-    assert checkpoint.resolve_checkpoint("latest", tmp_path).name == "checkpoint-9"
     with pytest.raises(CheckpointError, match="not a complete checkpoint.*Complete ones.*checkpoint-9"):
         checkpoint.resolve_checkpoint("checkpoint-10", tmp_path)
+    said: list[str] = []
+    assert checkpoint.resolve_checkpoint("latest", tmp_path, said.append).name == "checkpoint-9"
+    assert len(said) == 1 and "checkpoint-10 is damaged: " in said[0] and "damaged-checkpoint-10" in said[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-9", "damaged-checkpoint-10"]
+
+
+def test_a_manifest_of_an_earlier_version_has_sizes_only(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, 9)
+    (folder / "manifest.json").write_text(json.dumps({"files": {"weights.txt": 100}}))
+    assert checkpoint.resolve_checkpoint("latest", tmp_path) == folder
+    (folder / "weights.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="has 1 bytes instead of 100"):
+        checkpoint.resolve_checkpoint("checkpoint-9", tmp_path)
 
 
 def test_latest_is_by_number_and_errors_name_what_there_is(tmp_path: Path) -> None:
@@ -305,6 +324,95 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tiny_start: Path, 
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert not list((tmp_path / "killed").glob(".checkpoint*"))
+
+
+KILLED_AT = """
+import os, signal, sys, threading
+from apex_fast.training.config import load_config
+from apex_fast.training.loop import Trainer
+trainer = Trainer(load_config(None, sys.argv[2:]))
+threading.Timer(float(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+trainer.run()
+os._exit(0)
+"""
+
+
+def killed_until_it_ends(start: Path, folder: Path, moments: list[float], *options: str) -> int:
+    """Starts a run, kills it after each of ``moments`` (seconds of training) and lets the last attempt end; how many
+    kills hit."""
+    hits = 0
+    for moment in [*moments, 1e6]:
+        more = ("--resume_from_checkpoint", "latest") if checkpoint.checkpoints(folder) else ()
+        more = more or ("--overwrite_output_dir", "true")
+        command = ["-c", KILLED_AT, str(moment), *keys(start, folder, *options, *more)]
+        process = start_process(command)
+        _, error = process.communicate(timeout=120)
+        if process.returncode == 0:
+            return hits
+        assert process.returncode == -signal.SIGKILL, error
+        hits += 1
+    return hits
+
+
+# Many saves of a few steps, so that a moment falls into a save about as often as between two.
+OFTEN = ("--checkpointing_steps", "2", "--max_train_steps", "60", "--checkpoints_total_limit", "3")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)], ids=["three kills", "twenty kills"])
+def test_kills_at_random_moments_change_no_number(tiny_start: Path, tmp_path: Path, kills: int) -> None:
+    run(tiny_start, tmp_path / "whole", *OFTEN)
+    draws = random.Random(kills)
+    # About a second of training in all; a kill that comes too late ends the run, and the rest is of no use.
+    moments = [draws.uniform(0.02, 0.25 if kills == 3 else 0.12) for _ in range(kills)]
+    hits = killed_until_it_ends(tiny_start, tmp_path / "killed", moments, *OFTEN)
+    assert hits >= min(kills, 3), "no process was killed, so nothing was tried"
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint-60", tmp_path / "killed" / "checkpoint-60")
+    assert_same_checkpoint(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte: room for one checkpoint of the tiny start and not for two."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)], capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"mounting a small file system needs privileges: {mount.stderr.decode().strip()}")
+    yield place
+    # lazily: the logger of a trainer that was refused may not have closed its file yet
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tiny_start: Path, small_disk: Path) -> None:
+    more = ("--checkpointing_steps", "2")
+    trainer = Trainer(load_config(None, keys(tiny_start, small_disk / "run", *more)))
+    with pytest.raises(CheckpointError, match=r"there is no space for it.*whole are checkpoint-2.*latest") as caught:
+        trainer.run()
+    needed = float(re.search(r"needs at least ([\d.]+) MB", str(caught.value)).group(1))
+    assert 0.1 < needed < 0.6
+    assert [p.name for p in (small_disk / "run").iterdir() if "checkpoint" in p.name] == ["checkpoint-2"]
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    again = Trainer(
+        load_config(None, keys(tiny_start, small_disk / "run", *more, "--resume_from_checkpoint", "latest"))
+    )
+    assert again.step == 2 and again.run().finished
+
+
+def test_a_limit_on_files_is_told_like_a_full_disk(tmp_path: Path) -> None:
+    write_one(tmp_path, 1)
+    found = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, found[1]))
+    try:
+        for name, write in {
+            "text": lambda f: (f / "weights.txt").write_bytes(b"x" * (1 << 20)),
+            "tensors": lambda f: checkpoint.save_state(f, "weights", torch.zeros(1 << 18)),
+        }.items():
+            with pytest.raises(CheckpointError, match="no space for it.*whole are checkpoint-1"):
+                checkpoint.write_folder(tmp_path / f"checkpoint-2-{name}", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, found)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 LORA = (

@@ -2,12 +2,15 @@
 
 A checkpoint is a folder ``checkpoint-<step>/``. It is written under another name, flushed to the disk and then renamed,
 so that a process killed at any moment leaves either the whole folder or none; ``manifest.json`` lists every file with
-its size, so that a folder damaged later (a partial copy) is recognised too. Replacing a folder takes two renames; the
+its size and SHA-256, so that a folder damaged later (a partial copy, a flipped bit) is recognised too: by its sizes
+wherever checkpoints are listed, by its contents where a run goes on from one. Replacing a folder takes two renames; the
 old one, set aside by the first, is put back at the next start if a kill kept the second from happening.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import random
@@ -182,7 +185,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     is on the disk.
 
     An existing ``target`` is replaced: for a moment there is none, and a process killed right then leaves the old one
-    to :func:`restore_replaced`. If ``write`` raises, nothing changes."""
+    to :func:`restore_replaced`. If ``write`` raises, nothing changes; CheckpointError if that was for want of space."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -192,8 +195,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     os.umask(mask)
     try:
         write(partial)
-        sizes = {str(p.relative_to(partial)): p.stat().st_size for p in _files(partial)}
-        (partial / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1), encoding="utf-8")
+        entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _digest(p)}
+                   for p in _files(partial)}  # fmt: skip
+        (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
         for path in _files(partial):
             # safetensors makes files for their owner alone; a run is shared like any other folder.
             path.chmod(0o666 & ~mask)
@@ -206,11 +210,40 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         os.rename(partial, target)
         _flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not target.exists():
             os.rename(old, target)
+        written = sum(p.stat().st_size for p in _files(partial)) if partial.is_dir() else 0
         shutil.rmtree(partial, ignore_errors=True)
+        if _no_space(error):
+            raise CheckpointError(_told_no_space(target, written, error)) from error
         raise
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _no_space(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors writes by itself and tells the reason in words.
+    return isinstance(error, SafetensorError) and any(
+        f"os error {number}" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    )
+
+
+def _told_no_space(target: Path, written: int, error: BaseException) -> str:
+    whole = checkpoints(target.parent)
+    needed = max([written, *(sum(p.stat().st_size for p in _files(folder)) for folder in whole)])
+    free = shutil.disk_usage(target.parent).free
+    kept = f"whole are {', '.join(p.name for p in whole)}" if whole else "there is no checkpoint yet"
+    return (
+        f"{target} could not be written, there is no space for it ({error}): it needs at least {needed / 1e6:,.1f} MB "
+        f"and {target.parent} has {free / 1e6:,.1f} MB left. Nothing half-written was kept; {kept}. Make space and go "
+        "on with --resume_from_checkpoint latest"
+    )
 
 
 def replaced(target: Path) -> Path | None:
@@ -242,31 +275,41 @@ def _leftovers(output_dir: str | Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _LEFTOVER.match(p.name) and p.is_dir())
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if every file of its manifest is there in full."""
+def damage(folder: Path, *, contents: bool = False) -> str | None:
+    """What is wrong with a checkpoint folder, or None if every file of its manifest is there in full.
+
+    contents: read every file and compare its SHA-256, which takes as long as reading the checkpoint.
+    """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}"
     try:
-        sizes = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError):
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
         return f"its {MANIFEST} is unreadable"
-    for name, size in sizes.items():
+    for name, entry in entries.items():
         path = folder / name
+        size, digest = (entry["bytes"], entry["sha256"]) if isinstance(entry, dict) else (entry, None)
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if contents and digest is not None and _digest(path) != digest:
+            return f"{name} is not what was written (its SHA-256 differs)"
     return None
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest step first."""
+    return [p for p in _named(output_dir) if damage(p) is None]
+
+
+def _named(output_dir: str | Path) -> list[Path]:
+    """Every folder called ``checkpoint-<step>``, whole or not, oldest step first."""
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.is_dir() and _NAME.match(p.name)]
-    return sorted((p for p in found if damage(p) is None), key=step_of)
+    return sorted((p for p in folder.iterdir() if p.is_dir() and _NAME.match(p.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -277,21 +320,31 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def resolve_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path:
-    """The folder to resume from: a path, a name inside ``output_dir``, or "latest" (the newest complete one).
+def resolve_checkpoint(
+    resume_from_checkpoint: str, output_dir: str | Path, say: Callable[[str], None] | None = None
+) -> Path:
+    """The folder to resume from: a path, a name inside ``output_dir``, or "latest" (the newest whole one).
+
+    Contents are checked. With "latest" a damaged checkpoint is renamed to ``damaged-checkpoint-<step>``, which ``say``
+    is told, and the one before it is taken.
 
     Raises CheckpointError if there is none, or if the one named is damaged."""
     if resume_from_checkpoint == "latest":
-        found = checkpoints(output_dir)
-        if not found:
-            raise CheckpointError(
-                f"resume_from_checkpoint=latest: {output_dir} has no complete checkpoint; leave the key out to start "
-                "at step 0"
-            )
-        return found[-1]
+        for folder in reversed(_named(output_dir)):
+            if (problem := damage(folder, contents=True)) is None:
+                return folder
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            if say is not None:
+                say(f"careful: {folder} is damaged: {problem}. It is {aside.name} now, and the one before it is taken")
+        raise CheckpointError(
+            f"resume_from_checkpoint=latest: {output_dir} has no complete checkpoint; leave the key out to start at "
+            "step 0"
+        )
     for folder in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
         if folder.is_dir():
-            if (problem := damage(folder)) is not None:
+            if (problem := damage(folder, contents=True)) is not None:
                 others = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
                 raise CheckpointError(
                     f"{folder} is not a complete checkpoint: {problem}. Complete ones in {output_dir}: {others}"
