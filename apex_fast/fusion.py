@@ -109,7 +109,7 @@ def fused(backbone: Backbone | nn.Module, shift: nn.Module | None = None) -> Ite
             :class:`~apex_fast.shift.ShiftedCondition` for a Condition: the original and the instruction to shift it,
             which this backbone follows without writing the result and which every other network reads as any
             Condition. A diagonal shift does not pass through SANA's linear layer, so there it is applied as ever, and
-            so is a shift of another class. None leaves the text path alone.
+            so is a shift of another class or at the site "projected". None leaves the text path alone.
 
     Yields:
         :class:`Fusion`, whose ``parts`` name what was put in place.
@@ -141,7 +141,7 @@ def fused(backbone: Backbone | nn.Module, shift: nn.Module | None = None) -> Ite
 
     name, forward, scalar_only = _TEXT_PATHS[family]
     first = getattr(transformer, name)
-    takes_shift = type(shift) is ConditionShift and not (scalar_only and shift.mode != "scalar")
+    takes_shift = type(shift) is ConditionShift and shift.site == "raw" and not (scalar_only and shift.mode != "scalar")
     parts = []
     if takes_shift and _untouched(first):
         parts.append(TEXT_PATH)

@@ -6,10 +6,11 @@ optimizer or a checkpoint see nothing else. Tokenizers, text encoders, VAE and s
 :meth:`Backbone.pipeline` gives that pipeline back over the same objects. A family file states its network's time scale
 and direction, its sign, packing and masks; everything else is here.
 
-No class is patched and no hook outlives a call. Two things need a hook while a call runs: networks that round the time
-to their own dtype get it back unrounded (:meth:`Backbone.exact_time`), and under gradient checkpointing a block is
-recomputed in the state that its forward had (:meth:`Backbone.enable_gradient_checkpointing`), whichever role is active
-by then.
+No class is patched and no hook outlives a call. Three things need one while a call runs: networks that round the time
+to their own dtype get it back unrounded (:meth:`Backbone.exact_time`), a condition shift at the site "projected" is
+applied behind the network's own text projection (``Backbone.text_projection``), and under gradient checkpointing a
+block is recomputed in the state that its forward had (:meth:`Backbone.enable_gradient_checkpointing`), whichever role
+is active by then.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from apex_fast import ops
 from apex_fast.condition import Condition
 from apex_fast.extras import require
+from apex_fast.shift import SITES, SitedCondition
 
 if TYPE_CHECKING:
     from apex_fast.backbones.own_text import OwnText
@@ -70,9 +74,12 @@ class Backbone(nn.Module):
         embedded_guidance: for weights that take the guidance scale as an input (``config.guidance_embeds``).
         shift_padding: for families whose network sees padding (no mask), whether the condition shift touches padding
             tokens too.
+        sample_size: edge of the samples that a model with a text encoder of its own was made for, where the
+            transformer's config states none (Qwen-Image, Z-Image).
 
     Raises:
-        ValueError: a transformer of another class, or guidance that these weights do not take.
+        ValueError: a transformer of another class, guidance that these weights do not take, or a size that is missing
+            or stated twice.
     """
 
     family: ClassVar[str]
@@ -88,6 +95,9 @@ class Backbone(nn.Module):
     """Ends of the names of the layers that LoRA adapts by default: attention, feed-forward and modulation of every
     block, and the embedding of the time. Without the last two the network cannot learn to act otherwise at t = 1 than
     elsewhere, and one-step samples stay blurred (docs/lora.md)."""
+    text_projection: ClassVar[str]
+    """Name of the last module of the network's own text projection, behind which a shift at the site "projected" is
+    applied."""
 
     def __init__(
         self,
@@ -98,6 +108,7 @@ class Backbone(nn.Module):
         max_sequence_length: int | None = None,
         embedded_guidance: float | None = None,
         shift_padding: bool = False,
+        sample_size: int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -119,6 +130,18 @@ class Backbone(nn.Module):
                     f"{name}: the transformer expects text of width {width}, the text encoder gives {text.width}"
                 )
             max_sequence_length = max_sequence_length or text.max_sequence_length
+        stated = getattr(transformer.config, "sample_size", None)
+        if stated is not None and sample_size is not None:
+            raise ValueError(
+                f"{name}: sample_size={sample_size}, but the transformer's config states its own ({stated}); leave "
+                "sample_size out"
+            )
+        if text is not None and stated is None and sample_size is None:
+            raise ValueError(
+                f"{name}: this transformer's config states no size of its samples; say which one the model is made "
+                "for, e.g. sample_size=8"
+            )
+        self.sample_size = sample_size
         self.max_sequence_length = max_sequence_length or self.default_sequence_length
         embeds = bool(getattr(transformer.config, "guidance_embeds", False))
         if embeds and embedded_guidance is None:
@@ -205,6 +228,9 @@ class Backbone(nn.Module):
         """
         if not isinstance(condition, Condition):
             condition = Condition(condition)
+        if isinstance(condition, SitedCondition):
+            with self._shifted_projection(condition):
+                return self._checked_velocity(x_t, t, condition.condition)
         if self.fusion is None:
             return self._checked_velocity(x_t, t, condition.written())
         with self.fusion.instruction(condition) as original:
@@ -240,6 +266,47 @@ class Backbone(nn.Module):
     def token_count(self) -> int:
         """Tokens of a condition that :meth:`encode` makes (``max_sequence_length``, and a second encoder's)."""
         return self.max_sequence_length
+
+    def site_width(self, site: str) -> int:
+        """Channels of a text token at the site of a condition shift, the ``dim`` of a diagonal one.
+
+        ValueError for an unknown site.
+        """
+        if site not in SITES:
+            raise ValueError(f"{type(self).__name__}: site must be one of {', '.join(SITES)}, got {site!r}")
+        if site == "raw":
+            return self.text_width
+        module = self.transformer.get_submodule(self.text_projection)
+        if isinstance(module, nn.Sequential):
+            module = module[-1]
+        width = getattr(module, "out_features", None)  # a linear layer, or what an adapter or a quantiser made of it
+        return module.weight.shape[-1] if width is None else width
+
+    def projected_tokens(self, shifted: SitedCondition, projected: Tensor) -> Tensor | None:
+        """Which tokens of ``projected`` ``[..., D]`` (of the text projection) are shifted, ``[...]``; None for all."""
+        return shifted.shifted_tokens()
+
+    @contextmanager
+    def _shifted_projection(self, shifted: SitedCondition) -> Iterator[None]:
+        shift, calls = shifted.shift, 0
+
+        def apply(module: nn.Module, arguments: tuple[Any, ...], projected: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return ops.condition_shift(
+                projected, shift.scale, shift.bias, mask=self.projected_tokens(shifted, projected)
+            )
+
+        handle = self.transformer.get_submodule(self.text_projection).register_forward_hook(apply)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if calls != 1:
+            raise RuntimeError(
+                f"{type(self).__name__}: the condition shift belongs behind {self.text_projection}, which this call of "
+                f"the network ran {calls} times instead of once; was the module or its forward replaced?"
+            )
 
     def encode(self, prompts: list[str], *, negative: bool = False, requires_grad: bool = False) -> Condition:
         """The condition of ``prompts``: embeddings ``[B, L, D]`` in the text encoder's dtype, on the transformer's
@@ -450,6 +517,53 @@ class Backbone(nn.Module):
             if isinstance(blocks, nn.ModuleList):
                 for block in blocks:
                     block.compile(**options)
+
+    @classmethod
+    def from_config(
+        cls,
+        transformer: dict[str, Any],
+        text_encoder: dict[str, Any],
+        prompts: Iterable[str],
+        *,
+        vocab_size: int = 384,
+        max_sequence_length: int = 16,
+        sample_size: int | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """A new model with random weights in pixel space and a text encoder of its own: what a start is trained from.
+        Call it on a family's class.
+
+        transformer: arguments of the family's diffusers transformer.
+        text_encoder, prompts, vocab_size, max_sequence_length: see
+        :meth:`apex_fast.backbones.own_text.OwnText.from_config`.
+        sample_size: edge of the samples in pixels, for families whose transformer does not state it.
+        seed: of the weights. The global random state is left as it was.
+
+        Raises:
+            ValueError: a family that needs pooled embeddings (FLUX, Stable Diffusion 3), or widths and sizes that do
+                not fit.
+        """
+        from apex_fast.backbones.own_text import OwnText
+
+        if len(cls.text_parts) > 2:
+            raise ValueError(
+                f"{cls.__name__}.from_config: this family reads several text encoders, and a model's own is one; "
+                "choose SANA, Qwen-Image, Z-Image or Lumina 2"
+            )
+        diffusers = require("diffusers", extra="train")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = getattr(diffusers, cls.transformer_class)(**transformer)
+            text = OwnText.from_config(
+                text_encoder, prompts, vocab_size=vocab_size, max_sequence_length=max_sequence_length
+            )
+        return cls(model, text=text, sample_size=sample_size)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a model with a text encoder of its own; see :func:`apex_fast.backbones.loading.save_own`."""
+        from apex_fast.backbones.loading import save_own
+
+        save_own(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, path_or_id: str, **options: Any) -> Backbone:

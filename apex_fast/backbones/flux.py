@@ -39,6 +39,7 @@ class FluxBackbone(Backbone):
     has_mask = False
     default_sequence_length = 512
     teacher_guidance = TeacherGuidance(embedded=3.5)
+    text_projection = "context_embedder"
     lora_targets = (
         "to_q",
         "to_k",

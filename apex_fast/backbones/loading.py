@@ -187,7 +187,7 @@ def from_pretrained(
         text = OwnText.from_pretrained(
             folder, index["text_encoder"][1], torch_dtype=torch_dtype, max_sequence_length=length
         )
-        return backbone(transformer, text=text, **options)
+        return backbone(transformer, text=text, sample_size=index.get("sample_size"), **options)
     left_out: dict[str, Any] = {}
     if not load_text_encoders:
         left_out.update(dict.fromkeys(backbone.text_parts))
@@ -313,5 +313,7 @@ def save_own(backbone: Backbone, folder: Path) -> None:
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "max_sequence_length": text.max_sequence_length,
     }
+    if backbone.sample_size is not None:
+        index["sample_size"] = backbone.sample_size
     # Last, so that a folder with an index is a complete one.
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -37,6 +37,7 @@ class Lumina2Backbone(Backbone):
     has_mask = True
     default_sequence_length = 256
     teacher_guidance = TeacherGuidance(scale=4.0, negative_prompt="")
+    text_projection = "time_caption_embed.caption_embedder"
     lora_targets = (
         "to_q",
         "to_k",

@@ -43,6 +43,7 @@ class QwenImageBackbone(Backbone):
     has_mask = True
     default_sequence_length = 512
     teacher_guidance = TeacherGuidance(scale=4.0, negative_prompt=None)
+    text_projection = "txt_in"
     lora_targets = (
         "to_q",
         "to_k",
@@ -90,8 +91,10 @@ class QwenImageBackbone(Backbone):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of 1024 x 1024 pixels, the pipeline's default: the network states no size."""
-        return self.latent_channels, 128, 128
+        """(C, h, w) of 1024 x 1024 pixels, the pipeline's default: the network states no size. Of a model with a text
+        encoder of its own, what it was made for."""
+        edge = self.sample_size or 128
+        return self.latent_channels, edge, edge
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         height, width = x_t.shape[-2:]

@@ -17,17 +17,12 @@ text embedding is seen.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from apex_fast.backbones.base import Backbone, TeacherGuidance
-from apex_fast.backbones.own_text import OwnText
 from apex_fast.condition import Condition
-from apex_fast.extras import require
 
 
 class SanaBackbone(Backbone):
@@ -40,6 +35,7 @@ class SanaBackbone(Backbone):
     has_mask = True
     default_sequence_length = 300
     teacher_guidance = TeacherGuidance(scale=4.5, negative_prompt="")
+    text_projection = "caption_norm"
     # The feed-forward of SANA is convolutional: its two 1x1 convolutions mix the channels. One modulation serves all
     # blocks.
     lora_targets = (
@@ -53,39 +49,6 @@ class SanaBackbone(Backbone):
         "timestep_embedder.linear_2",
         "time_embed.linear",
     )
-
-    @classmethod
-    def from_config(
-        cls,
-        transformer: dict[str, Any],
-        text_encoder: dict[str, Any],
-        prompts: Iterable[str],
-        *,
-        vocab_size: int = 384,
-        max_sequence_length: int = 16,
-        seed: int = 0,
-    ) -> SanaBackbone:
-        """A new model with random weights in pixel space: what a start is trained from.
-
-        transformer: arguments of ``diffusers.SanaTransformer2DModel``.
-        text_encoder, prompts, vocab_size, max_sequence_length: see
-        :meth:`apex_fast.backbones.own_text.OwnText.from_config`.
-        seed: of the weights. The global random state is left as it was.
-        """
-        diffusers = require("diffusers", extra="train")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = diffusers.SanaTransformer2DModel(**transformer)
-            text = OwnText.from_config(
-                text_encoder, prompts, vocab_size=vocab_size, max_sequence_length=max_sequence_length
-            )
-        return cls(model, text=text)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a model with a text encoder of its own; see :func:`apex_fast.backbones.loading.save_own`."""
-        from apex_fast.backbones.loading import save_own
-
-        save_own(self, Path(folder))
 
     @property
     def text_width(self) -> int:

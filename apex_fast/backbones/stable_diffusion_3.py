@@ -42,6 +42,7 @@ class StableDiffusion3Backbone(Backbone):
     has_mask = False
     default_sequence_length = 256
     teacher_guidance = TeacherGuidance(scale=7.0, negative_prompt="")
+    text_projection = "context_embedder"
     lora_targets = (
         "to_q",
         "to_k",

@@ -24,6 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from apex_fast.backbones.base import Backbone, TeacherGuidance
 from apex_fast.backbones.latents import decode_kl, encode_kl
 from apex_fast.condition import Condition
+from apex_fast.shift import SitedCondition
+
+PROMPT_MULTIPLE = 32
+"""Tokens that the network pads each prompt to a multiple of."""
 
 
 class ZImageBackbone(Backbone):
@@ -40,6 +44,7 @@ class ZImageBackbone(Backbone):
     has_mask = True
     default_sequence_length = 512
     teacher_guidance = TeacherGuidance(scale=5.0, negative_prompt="")
+    text_projection = "cap_embedder"
     lora_targets = (
         "to_q",
         "to_k",
@@ -86,8 +91,10 @@ class ZImageBackbone(Backbone):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of 1024 x 1024 pixels, the pipeline's default: the network states no size."""
-        return self.latent_channels, 128, 128
+        """(C, h, w) of 1024 x 1024 pixels, the pipeline's default: the network states no size. Of a model with a text
+        encoder of its own, what it was made for."""
+        edge = self.sample_size or 128
+        return self.latent_channels, edge, edge
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         limits = self.transformer.config.axes_lens[1:]
@@ -112,6 +119,19 @@ class ZImageBackbone(Backbone):
             list(x_t.unsqueeze(2).unbind()), 1 - t, prompts, patch_size=2, f_patch_size=1, return_dict=False
         )[0]
         return -torch.stack(list(outputs)).squeeze(2)
+
+    def projected_tokens(self, shifted: SitedCondition, projected: Tensor) -> Tensor | None:
+        """The prompts come one behind the other ``[N, D]``, each padded; what is shifted of the padding, the network
+        overwrites with its own token."""
+        if shifted.tokens is None:
+            return None
+        mask = shifted.condition.prompt_embeds_mask
+        kept = torch.ones_like(shifted.tokens) if mask is None else mask.ne(0)
+        parts = [
+            nn.functional.pad(tokens[keep], (0, -int(keep.sum()) % PROMPT_MULTIPLE))
+            for tokens, keep in zip(shifted.tokens, kept, strict=True)
+        ]
+        return torch.cat(parts)
 
     def encode_text(self, prompts: list[str], *, negative: bool) -> Condition:
         embeds, _ = self.pipeline().encode_prompt(

@@ -134,17 +134,19 @@ class Blueprint:
 def blueprint_of(config: TrainConfig) -> Blueprint:
     """The model of a run; errors as :func:`blueprint`."""
     if config.pretrained_model_name_or_path is None:
-        arguments = _all_arguments("sana", config.model.transformer)
-        return Blueprint(
+        new = config.model
+        made = Blueprint(
             "a new model",
-            "sana",
-            arguments,
+            new.family,
+            _all_arguments(new.family, new.transformer),
             1,
-            arguments["sample_size"],
-            tokens=config.model.max_sequence_length,
+            1,
+            tokens=new.max_sequence_length,
             source="the section model of the config",
             own_text=True,
+            options={} if new.sample_size is None else {"sample_size": new.sample_size},
         )
+        return dataclasses.replace(made, latent_edge=made.backbone().sample_shape[-1])
     model = blueprint(config.pretrained_model_name_or_path)
     options: dict[str, Any] = {**model.options, "shift_padding": config.shift_padding}
     if config.embedded_guidance_scale is not None:
@@ -198,7 +200,7 @@ def _from_run(name: str, folder: Path, record: Record) -> Blueprint:
     config = _read(place)
     if config is None:
         raise PlanError(f"{place} is missing; planning needs the configuration of the transformer")
-    options: dict[str, Any] = {"shift_padding": record.shift_padding}
+    options: dict[str, Any] = {**base.options, "shift_padding": record.shift_padding}
     if record.embedded_guidance is not None:
         options["embedded_guidance"] = record.embedded_guidance
     return dataclasses.replace(
@@ -254,6 +256,7 @@ def _from_folder(name: str, folder: Path) -> Blueprint:
         source=str(parts / "config.json"),
         unverified=unverified,
         own_text=own,
+        options={"sample_size": index["sample_size"]} if own and index is not None and "sample_size" in index else {},
     )
     return dataclasses.replace(made, latent_edge=made.backbone().sample_shape[-1])
 

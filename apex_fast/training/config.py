@@ -70,21 +70,32 @@ class ShiftSettings:
 
     mode: Literal["scalar", "diagonal"] = setting("scalar", help="A and b are one number each, or one per channel.")
     scale: float = setting(-1.0, help="Initial A. 1 with bias 0 is no shift at all: the control that must fail.")
-    bias: float = setting(0.5, help="Initial b, in the units of the text embedding.")
+    bias: float = setting(0.5, help="Initial b, in the units of the text at the site.")
     trainable: bool = setting(False, help="Whether A and b are learned (their gradient comes from L_fake).")
     train_scale: bool | None = setting(None, help="The same for A alone; null follows 'trainable'.")
     train_bias: bool | None = setting(None, help="The same for b alone; null follows 'trainable'.")
     shift_pooled: bool = setting(True, help="Whether pooled text embeddings are shifted as well.")
+    site: Literal["raw", "projected"] = setting(
+        "raw",
+        help="raw: the text embedding is shifted. projected: what the network's own text projection makes of it. "
+        "`apex-fast probe` shows which one the network sees.",
+    )
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """A new network with random weights, for starts (``loss: flow_matching`` without a pretrained model)."""
 
-    transformer: dict[str, Any] = setting(help="Arguments of diffusers.SanaTransformer2DModel.", factory=dict)
+    family: Literal["sana", "qwen_image", "z_image", "lumina2"] = setting(
+        "sana", help="Family of the network; one that reads a single text encoder."
+    )
+    transformer: dict[str, Any] = setting(help="Arguments of the family's diffusers transformer.", factory=dict)
     text_encoder: dict[str, Any] = setting(help="Arguments of transformers.T5Config.", factory=dict)
     vocab_size: int = setting(384, help="Upper bound of the tokenizer's vocabulary, at least 259.")
     max_sequence_length: int = setting(16, help="Tokens that every prompt is padded or cut to.")
+    sample_size: int | None = setting(
+        None, help="Edge of the samples in pixels, where the transformer's arguments do not state it (Qwen-Image)."
+    )
 
 
 # ---- the run
@@ -226,6 +237,11 @@ class TrainConfig:
     )
     negative_prompt: str | None = setting(
         None, help="Prompt that the real branch is guided away from; null is the one of the model's own pipeline."
+    )
+    probe: bool = setting(
+        True,
+        help="Ask before the first step whether the network sees the shift (nine passes without gradient), and refuse "
+        "one that it does not see. false trains it anyway, as a control.",
     )
     shift: ShiftSettings = setting(help="the condition shift.", factory=ShiftSettings)
     flow_matching_times: TimeDistribution = setting(

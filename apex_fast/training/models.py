@@ -133,15 +133,16 @@ def _options(record: Record) -> dict[str, Any]:
     }
 
 
-def start_lora_file(path: str) -> Path:
-    """The file of ``start_lora``: itself, in its folder, or in the ``model/`` of a run. FileNotFoundError."""
+def start_lora_file(path: str, setting: str = "start_lora") -> Path:
+    """The file of a LoRA: itself, in its folder, or in the ``model/`` of a run. FileNotFoundError, which names the
+    ``setting``."""
     from apex_fast.lora import WEIGHTS
 
     places = (Path(path), Path(path) / WEIGHTS, Path(path) / MODEL_FOLDER / WEIGHTS)
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise FileNotFoundError(
-            f"start_lora: {path} is no LoRA; expected a .safetensors file or a folder with {WEIGHTS}"
+            f"{setting}: {path} is no LoRA; expected a .safetensors file or a folder with {WEIGHTS}"
         )
     return found
 
@@ -165,9 +166,13 @@ def load_generator(run: str | Path, *, base: str | None = None) -> tuple[Backbon
     return load_found(find_result(run), base=base)
 
 
-def load_found(found: Found, *, base: str | None = None) -> tuple[Backbone, str]:
-    """:func:`load_generator` for what :func:`apex_fast.training.results.find_result` found."""
-    record = None if (found.folder / INDEX).is_file() else Record.read(found.folder)
+def load_found(found: Found, *, base: str | None = None, record: Record | None = None) -> tuple[Backbone, str]:
+    """:func:`load_generator` for what :func:`apex_fast.training.results.find_result` found.
+
+    record: in place of the one beside the weights, such as one with another precision of the base.
+    """
+    if record is None and not (found.folder / INDEX).is_file():
+        record = Record.read(found.folder)
     if record is None:
         backbone = load_pretrained(found.folder)
     else:

@@ -42,6 +42,10 @@ class Record:
         start_lora, start_lora_mode: the LoRA that the run started from, which is still needed unless it was continued.
         max_sequence_length, embedded_guidance, shift_padding: of the backbone.
         resolution: [height, width] in pixels.
+        shift: settings of the condition shift; None for other losses.
+        train_steps, num_inference_steps: of the whole run, and with how many sampling steps it was validated.
+        library_version: of this library, when the record was written.
+        licence: of ``base``, as its model card names it; None where no card was found.
     """
 
     family: str
@@ -58,6 +62,11 @@ class Record:
     embedded_guidance: float | None = None
     shift_padding: bool = False
     resolution: list[int] | None = None
+    shift: dict[str, Any] | None = None
+    train_steps: int | None = None
+    num_inference_steps: int = 1
+    library_version: str | None = None
+    licence: str | None = None
 
     def write(self, folder: Path) -> None:
         """Writes ``apex_fast.json`` into ``folder``."""

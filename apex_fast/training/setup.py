@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from apex_fast.backbones.base import Backbone
+from apex_fast.backbones.loading import backbone_class
 from apex_fast.condition import Condition
 from apex_fast.objective import ApexObjective
 from apex_fast.passes import paper_passes, step_passes
@@ -20,9 +21,11 @@ from apex_fast.training.config import DIGITS_START, TrainConfig
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import RealGuidance
 from apex_fast.training.models import Autocast, load_pretrained, pretrained_source, quiet_libraries, start_lora_file
+from apex_fast.training.provenance import licence_of
 from apex_fast.training.results import Record
 from apex_fast.training.settings import SettingsError
 from apex_fast.velocities import Velocities
+from apex_fast.version import __version__
 
 FROZEN_WITHOUT_DATA = (
     "real_branch: frozen with objective.supervised_weight: 0: nothing keeps the trained network to the data, and in "
@@ -41,18 +44,20 @@ def load_backbone(config: TrainConfig, prompts: Iterable[str]) -> Backbone:
         FileNotFoundError, SettingsError: there is no such model, it is not supported, or keys do not fit it.
     """
     if config.pretrained_model_name_or_path is None:
-        from apex_fast.backbones.sana import SanaBackbone
-
         quiet_libraries()
         model = config.model
-        return SanaBackbone.from_config(
-            model.transformer,
-            model.text_encoder,
-            prompts,
-            vocab_size=model.vocab_size,
-            max_sequence_length=model.max_sequence_length,
-            seed=config.seed,
-        )
+        try:
+            return backbone_class(model.family).from_config(
+                model.transformer,
+                model.text_encoder,
+                prompts,
+                vocab_size=model.vocab_size,
+                max_sequence_length=model.max_sequence_length,
+                sample_size=model.sample_size,
+                seed=config.seed,
+            )
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"model: {error}") from error
     backbone = load_pretrained(
         pretrained_source(config.pretrained_model_name_or_path),
         weight_dtype=config.weight_dtype,
@@ -238,6 +243,11 @@ def record_of(config: TrainConfig, backbone: Backbone, size: tuple[int, int]) ->
         embedded_guidance=config.embedded_guidance_scale,
         shift_padding=config.shift_padding,
         resolution=list(size),
+        shift=None if config.loss == "flow_matching" else dict(vars(config.shift)),
+        train_steps=config.max_train_steps,
+        num_inference_steps=config.validation_num_inference_steps,
+        library_version=__version__,
+        licence=licence_of(base, config.revision) if base else None,
     )
 
 
@@ -255,7 +265,7 @@ def make_objective(
         return FlowMatching(config.flow_matching_times), []
     shift = vars(config.shift).copy()
     if config.shift.mode == "diagonal":
-        shift["dim"] = backbone.text_width
+        shift["dim"] = backbone.site_width(config.shift.site)
         pooled = None if example is None else example.pooled_prompt_embeds
         if pooled is not None and config.shift.shift_pooled:
             shift["pooled_dim"] = pooled.shape[-1]
