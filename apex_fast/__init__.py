@@ -13,6 +13,7 @@ from .draws import Draws
 from .finite import NonFiniteLossError
 from .objective import ApexObjective, Losses
 from .path import TimeDistribution
+from .probing import probe
 from .sampler import SamplerInfo, sample, time_grid
 from .shift import ConditionShift
 from .velocities import Velocities
@@ -33,6 +34,7 @@ __all__ = [
     "fusion",
     "ops",
     "path",
+    "probe",
     "sample",
     "time_grid",
 ]

@@ -224,6 +224,7 @@ def _control(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         shift=shift,
+        probe=False,  # that it is not seen is the point
         output_dir=str(Path(config.output_dir) / "control"),
         validation_steps=None,
         checkpointing_steps=None,

@@ -135,7 +135,7 @@ def test_the_control_has_no_shift_and_is_otherwise_the_same_run(demo: tuple[Path
 
     tuned, control = read_yaml(demo[0] / "config.yaml"), read_yaml(demo[0] / "control" / "config.yaml")
     different = {k for k in tuned if tuned[k] != control[k]}
-    assert different == {"shift", "output_dir", "checkpointing_steps"}
+    assert different == {"shift", "probe", "output_dir", "checkpointing_steps"}
     assert (control["shift"]["scale"], control["shift"]["bias"], control["shift"]["trainable"]) == (1.0, 0.0, False)
 
 

@@ -15,7 +15,7 @@ from tiny_runs import make_pipeline, make_start
 
 from apex_fast.cli import main
 from apex_fast.starting import EXAMPLES
-from apex_fast.training.checkpoint import checkpoints
+from apex_fast.training.checkpoint import checkpoints, load_state
 from apex_fast.training.config import load_config
 from apex_fast.training.smoke import CAPTIONS, family_of_config, render_pictures, small_config
 
@@ -52,6 +52,14 @@ def test_what_is_left_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert [p.name for p in checkpoints(tmp_path / "out" / "run")] == ["checkpoint-2", "checkpoint-3"]
     assert (tmp_path / "out" / "run" / "generated" / "a-red-circle-on-white-1-step-seed-0.png").is_file()
     assert (tmp_path / "out" / "run" / "model" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_shift_behind_the_text_projection(tmp_path: Path) -> None:
+    config = str(ROOT / "examples" / "sana_0.6b_lora.yaml")
+    words = ["--shift.site", "projected", "--shift.mode", "diagonal", "--shift.trainable", "true", "--device", "cpu"]
+    assert main(["train", "--smoke", config, *words, "--output_dir", str(tmp_path / "out")]) == 0
+    saved = load_state(checkpoints(tmp_path / "out" / "run")[-1], "objective")
+    assert saved["shift"]["scale"].shape == (32,) and saved["shift"]["scale"].std() > 0
 
 
 def test_mistakes_of_the_config_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +140,7 @@ def test_only_sizes_and_places_differ(tmp_path: Path) -> None:
         *("pretrained_model_name_or_path", "dataset_name", "resolution", "output_dir", "max_train_steps", "rank"),
         *("train_batch_size", "gradient_accumulation_steps", "lora_alpha", "lr_warmup_steps", "objective"),
         *("validation_steps", "validation_images_per_prompt", "checkpointing_steps", "logging_steps"),
+        "probe",
     }
     assert small.lora_alpha / small.rank == config.lora_alpha / config.rank
 

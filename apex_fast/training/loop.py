@@ -46,6 +46,7 @@ from apex_fast.training.setup import (
     record_of,
     start_lora_hint,
 )
+from apex_fast.training.visibility import check_visibility
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Trainer:
         resume = None
         if config.resume_from_checkpoint is not None:
             checkpoints.restore_replaced(self.output_dir)
-            resume = checkpoints.resolve_checkpoint(config.resume_from_checkpoint, self.output_dir)
+            resume = checkpoints.resolve_checkpoint(config.resume_from_checkpoint, self.output_dir, self._say)
         else:
             state.claim_folder(config, delete=False)
         checkpoints.clear_leftovers(self.output_dir)
@@ -163,6 +164,9 @@ class Trainer:
                 self._changed = state.restore(self, resume)
             self._notes += state.changed_data(self, resume)
         else:
+            if config.probe and config.loss == "correction" and config.objective.correction_weight > 0:
+                with during("probing the shift"):
+                    check_visibility(self)
             # Now that nothing of the config was refused.
             state.claim_folder(config)
 

@@ -146,6 +146,7 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
     small = dataclasses.replace(
         config,
         **left_out,
+        probe=False,  # of random weights it would say nothing
         family=family,
         pretrained_model_name_or_path=str(folder / "tiny_model"),
         revision=None,
