@@ -1,4 +1,4 @@
-"""The command ``apex-fast``: init, plan, train, generate, eval, env, demo."""
+"""The command ``apex-fast``: init, plan, probe, train, generate, export, eval, env, demo."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from apex_fast.version import __version__
 
@@ -27,6 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from apex_fast.planning import report
 
             return report.main(arguments[1:])
+        if arguments[:1] == ["probe"]:
+            from apex_fast.probing import command as probe_command
+
+            return probe_command.main(arguments[1:])
+        if arguments[:1] == ["export"]:
+            from apex_fast.export import command as export_command
+
+            return export_command.main(arguments[1:])
         if arguments[:1] == ["env"]:
             from apex_fast import info
 
@@ -128,9 +137,31 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="draw pictures from prompts", description="Draws pictures from prompts."
     )
     generate.add_argument(
-        "model", metavar="RUN", help="folder of a run, a checkpoint or a saved model, or digits_start"
+        "model",
+        metavar="MODEL",
+        help="folder of a run, a checkpoint or a saved model, or digits_start; a hub id; the model that --lora adapts",
     )
-    generate.add_argument("--prompt", nargs="+", required=True, help="one or several texts, each in quotes")
+    texts = generate.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--prompt", nargs="+", help="one or several texts, each in quotes")
+    texts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many texts: a file with one a line, JSON lines, or a folder of text files; needs --out, a folder, and "
+        "goes on where it was stopped",
+    )
+    generate.add_argument(
+        "--layout",
+        choices=("plain", "geneval", "dpg"),
+        default="plain",
+        help="how --prompts names its pictures: as the scorers of GenEval and DPG-Bench read them (default plain)",
+    )
+    generate.add_argument("--batch-size", type=int, default=1, help="pictures of --prompts made together (default 1)")
+    generate.add_argument("--lora", help="a LoRA: a .safetensors file, or the folder of a run or an export of one")
+    generate.add_argument(
+        "--weight-dtype",
+        choices=("fp32", "bf16"),
+        help="of a model that is no run (default: as the LoRA was trained, or fp32)",
+    )
     generate.add_argument("--base", help="where the model that the run started from is now, if it was moved")
     generate.add_argument("--height", type=int, help="in pixels (default: as trained)")
     generate.add_argument("--width", type=int, help="in pixels (default: as trained)")
@@ -144,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         help="classifier-free guidance as the model's own pipeline counts it (default: none)",
     )
     generate.add_argument("--negative-prompt", help="what guidance leads away from (default: the model's own)")
-    generate.add_argument("--out", type=Path, help="PNG to write (default: RUN/generated/...)")
+    generate.add_argument("--out", type=Path, help="PNG to write (default: RUN/generated/...), or folder for --prompts")
     generate.add_argument(
         "--size", type=int, help="edge at which a picture is drawn (default: 256 for small ones, else their own)"
     )
@@ -168,6 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="JSON to write (default: RUN/eval.json)")
     evaluate.set_defaults(run=_evaluate)
 
+    commands.add_parser(
+        "probe",
+        help="whether a network sees a condition shift, before training: apex-fast probe MODEL; probe --help",
+    )
+    commands.add_parser(
+        "export", help="a run as files that stock diffusers or ComfyUI loads: apex-fast export RUN; export --help"
+    )
     commands.add_parser("env", help="versions, how the library was built, what runs where; --json for programs")
 
     demo = commands.add_parser(
@@ -255,43 +293,78 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from apex_fast.generate import generate, picture_path, write_picture
-    from apex_fast.training.models import device_of
-
-    if options.resolution is not None and (options.height is not None or options.width is not None):
-        print("apex-fast generate: write --resolution, or --height and --width", file=sys.stderr)
+    if (mistake := _generate_mistake(options)) is not None:
+        print(f"apex-fast generate: {mistake}", file=sys.stderr)
         return 2
     if not _needs_hub(options.base or options.model):
         _stay_offline()
+    from apex_fast.training.models import device_of
+
     try:
-        device = device_of(options.device)
-        images, which = generate(
-            options.model,
-            options.prompt,
-            images_per_prompt=options.n,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            negative_prompt=options.negative_prompt,
-            height=options.height or options.resolution,
-            width=options.width or options.resolution,
-            seed=options.seed,
-            device=device,
-            base=options.base,
-        )
+        settings = {
+            "images_per_prompt": options.n,
+            "num_inference_steps": options.num_inference_steps,
+            "guidance_scale": options.guidance_scale,
+            "negative_prompt": options.negative_prompt,
+            "height": options.height or options.resolution,
+            "width": options.width or options.resolution,
+            "seed": options.seed,
+            "device": device_of(options.device),
+            "base": options.base,
+            "lora": options.lora,
+            "weight_dtype": options.weight_dtype,
+        }
+        many = options.prompts is not None
+        said, path = _generate_files(options, settings) if many else _generate_picture(options, settings)
     except ValueError as error:
         print(f"apex-fast generate: {error}", file=sys.stderr)
         return 2
+    print(f"{said}, on {settings['device']}", file=sys.stderr)
+    print(path)
+    return 0
+
+
+def _generate_mistake(options: argparse.Namespace) -> str | None:
+    if options.resolution is not None and (options.height is not None or options.width is not None):
+        return "write --resolution, or --height and --width"
+    if options.prompts is not None:
+        if options.out is None:
+            return "--prompts needs --out, the folder to write the pictures to"
+        return "--size is for --prompt; pictures of --prompts keep their size" if options.size is not None else None
+    for name, default in (("layout", "plain"), ("batch_size", 1)):
+        if getattr(options, name) != default:
+            return f"--{name.replace('_', '-')} is for --prompts FILE"
+    return None
+
+
+def _generate_picture(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[str, Path]:
+    from apex_fast.generate import generate, picture_path, write_picture
+
+    images, which = generate(options.model, options.prompt, **settings)
     name = options.prompt[0] + (f" and {len(options.prompt) - 1} more" if len(options.prompt) > 1 else "")
     path = options.out or picture_path(options.model, name, options.num_inference_steps, options.seed)
     write_picture(images, options.prompt, path, size=options.size)
-    steps = options.num_inference_steps
-    print(
-        f"{len(images)} picture{'s' if len(images) > 1 else ''} in {steps} step{'s' if steps > 1 else ''} by {which}, "
-        f"on {device}",
-        file=sys.stderr,
+    return _drawn(len(images), options.num_inference_steps, which), path
+
+
+def _generate_files(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[str, Path]:
+    from apex_fast.evaluation.layouts import read_prompts
+    from apex_fast.generate import generate_files
+
+    drawn = generate_files(
+        options.model,
+        read_prompts(options.prompts),
+        options.out,
+        layout=options.layout,
+        batch_size=options.batch_size,
+        **settings,
     )
-    print(path)
-    return 0
+    kept = f" ({drawn.kept} more were there)" if drawn.kept else ""
+    return _drawn(drawn.new, options.num_inference_steps, drawn.phrase) + kept, options.out
+
+
+def _drawn(count: int, steps: int, phrase: str) -> str:
+    return f"{count} picture{'s' if count != 1 else ''} in {steps} step{'s' if steps > 1 else ''} by {phrase}"
 
 
 def _needs_hub(model: str) -> bool:

@@ -67,20 +67,27 @@ class TensorBoard:
 class Console:
     """A tqdm bar on a terminal, a plain line every few seconds elsewhere; messages go above the bar.
 
-    ``every`` is the least time between plain lines in seconds."""
+    ``every`` is the least time between plain lines in seconds, ``unit`` what is counted, in the singular."""
 
     def __init__(
-        self, total: int, start: int, *, stream: TextIO | None = None, every: float = 10.0, label: str = "train"
+        self,
+        total: int,
+        start: int,
+        *,
+        stream: TextIO | None = None,
+        every: float = 10.0,
+        label: str = "train",
+        unit: str = "step",
     ) -> None:
         self.stream = stream if stream is not None else sys.stderr
-        self.total, self.every, self.label = total, every, label
+        self.total, self.every, self.label, self.unit = total, every, label, unit
         self._bar = None
         self._begun, self._first = time.monotonic(), start
         self._said = -float("inf")
         if self.stream.isatty():
             tqdm = require("tqdm", extra="train")
             self._bar = tqdm.tqdm(
-                total=total, initial=start, file=self.stream, desc=label, dynamic_ncols=True, unit="step"
+                total=total, initial=start, file=self.stream, desc=label, dynamic_ncols=True, unit=unit
             )
 
     def step(self, step: int, note: str) -> None:
@@ -94,7 +101,7 @@ class Console:
             rate = (step - self._first) / max(now - self._begun, 1e-9)
             left = (self.total - step) / rate if rate else 0.0
             print(
-                f"{self.label} {step}/{self.total}  {note}  {rate:.1f} steps/s, {left:.0f} s left",
+                f"{self.label} {step}/{self.total}  {note}  {rate:.1f} {self.unit}s/s, {left:.0f} s left",
                 file=self.stream,
                 flush=True,
             )

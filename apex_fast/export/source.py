@@ -1,0 +1,247 @@
+"""What a run is, seen from an export: the trained weights, the model that they belong to, and what is known of both.
+
+A :class:`Source` is cheap to make: it reads JSON. The network itself is loaded when it is first asked for, on the CPU
+and never quantised, so that writing a LoRA of a model of twenty billion parameters takes no more than the LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from apex_fast.backbones.base import Backbone
+from apex_fast.backbones.loading import backbone_class
+from apex_fast.extras import require
+from apex_fast.lora import GENERATOR, START, WEIGHTS
+from apex_fast.training.config import DIGITS_START
+from apex_fast.training.models import is_hub_id, load_found, pretrained_folder, start_lora_file
+from apex_fast.training.provenance import licence_of
+from apex_fast.training.results import INDEX, MODEL_FOLDER, Found, Record, find_result
+from apex_fast.training.settings import SettingsError, read_yaml
+from apex_fast.version import __version__
+
+UNKNOWN_LICENCE = "unknown: see the base model"
+PROMPT = "a photo of a red cat on a wooden chair"
+"""Example prompt of a run that has no validation prompts."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run, a checkpoint or a saved model, to be exported.
+
+    Attributes:
+        found: where the trained weights lie, and the phrase that says which they are.
+        record: what was written beside them.
+        run: folder of the run, with its config and samples; None where there is none around the weights.
+        config: keys of the run's config.yaml; empty without a run.
+        base: what the card calls the base model: a hub id, or a folder.
+        place: where the base model is read from.
+        name: what the result is called.
+        steps: sampling steps that it was made for.
+        resolution: [height, width] in pixels that it was trained at.
+        prompt: an example.
+    """
+
+    found: Found
+    record: Record
+    run: Path | None
+    config: dict[str, Any]
+    base: str
+    place: str
+    name: str
+    steps: int
+    resolution: list[int]
+    prompt: str
+
+    @property
+    def family(self) -> str:
+        """Name of the family, a key of ``apex_fast.backbones.loading.FAMILIES``."""
+        return self.record.family
+
+    @property
+    def mode(self) -> Literal["full", "lora"]:
+        """What was trained."""
+        return self.record.mode
+
+    @property
+    def backbone_class(self) -> type[Backbone]:
+        """Class of the family."""
+        return backbone_class(self.family)
+
+    @functools.cached_property
+    def backbone(self) -> Backbone:
+        """The network with what was trained in it, on the CPU in eval mode; a LoRA is the peft adapter "default"
+        (and one that the run started from and left as it is the adapter "start").
+
+        Errors as :func:`apex_fast.training.models.load_generator`.
+        """
+        record = dataclasses.replace(self.record, quantization=None)
+        return load_found(self.found, base=self.place, record=record)[0]
+
+    @functools.cached_property
+    def lora_state(self) -> dict[str, Tensor] | None:
+        """Weights of the LoRA under the names of ``pytorch_lora_weights.safetensors``
+        (``transformer.<layer>.lora_A.weight``), on the CPU; None under full tuning."""
+        if self.mode == "full":
+            return None
+        if self.found.checkpoint is None:
+            return load_file(self.found.folder / WEIGHTS)
+        # A checkpoint holds the weights that are trained; their average, which is what is exported, is beside them.
+        state = require("peft", extra="train").get_peft_model_state_dict(
+            self.backbone.transformer, adapter_name=GENERATOR
+        )
+        return {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+
+    @property
+    def lora_rank(self) -> int:
+        """r of the LoRA; 0 under full tuning."""
+        return 0 if self.record.lora is None else int(self.record.lora["rank"])
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha of the LoRA; 0 under full tuning."""
+        return 0.0 if self.record.lora is None else float(self.record.lora["alpha"])
+
+    @property
+    def start_lora(self) -> Path | None:
+        """The LoRA that this one was trained on top of and is to be used with; None where there is none.
+
+        FileNotFoundError if it is gone.
+        """
+        record = self.record
+        if record.start_lora is None or record.mode == "full" or record.start_lora_mode == "continue":
+            return None
+        return start_lora_file(record.start_lora)
+
+    @functools.cached_property
+    def licence(self) -> str:
+        """Licence of the base model as its card names it."""
+        found = licence_of(self.place, self.record.revision) or self.record.licence
+        return found or UNKNOWN_LICENCE
+
+    @functools.cached_property
+    def metadata(self) -> dict[str, str]:
+        """Facts for the header of a safetensors file, every value a text."""
+        record, shift = self.record, self.shift
+        facts = {
+            "base_model": self.base,
+            "base_model_revision": record.revision,
+            "embedded_guidance": None if record.embedded_guidance is None else str(record.embedded_guidance),
+            "family": self.family,
+            "license": self.licence,
+            "library": f"apex_fast {record.library_version or 'before 0.1.0'}, exported by {__version__}",
+            "max_sequence_length": None if record.max_sequence_length is None else str(record.max_sequence_length),
+            "num_inference_steps": str(self.steps),
+            "resolution": f"{self.resolution[0]}x{self.resolution[1]}",
+            "shift": None if shift is None else json.dumps(shift, sort_keys=True),
+            "site": None if shift is None else str(shift.get("site", "raw")),
+            "training_steps": None if self.train_steps is None else str(self.train_steps),
+            "weight_dtype": record.weight_dtype,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
+
+    @property
+    def shift(self) -> dict[str, Any] | None:
+        """Settings of the condition shift of the training; None for other losses, and where nobody wrote them down."""
+        if self.record.shift is not None:
+            return self.record.shift
+        return None if self.config.get("loss") == "flow_matching" else self.config.get("shift")
+
+    @property
+    def train_steps(self) -> int | None:
+        """Optimizer steps behind the weights; None where nobody wrote them down."""
+        if self.found.checkpoint is not None:
+            return int(self.found.checkpoint.name.rpartition("-")[2])
+        return self.record.train_steps or self.config.get("max_train_steps")
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Adapters of :attr:`backbone` that a merge adds to the weights."""
+        adapters = getattr(self.backbone.transformer, "peft_config", {})
+        return tuple(name for name in (START, GENERATOR) if name in adapters)
+
+    # ---- what the run left beside its weights
+
+    @property
+    def pictures(self) -> list[Path]:
+        """Grids of validation prompts, oldest first."""
+        return [] if self.run is None else sorted((self.run / "samples").glob("step-*.png"))
+
+    @functools.cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl; a line that a killed run left half written is left out."""
+        file = None if self.run is None else self.run / "metrics.jsonl"
+        if file is None or not file.is_file():
+            return []
+        lines = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return lines
+
+
+def open_source(run: str | Path, *, base: str | None = None) -> Source:
+    """What there is to export in ``run``.
+
+    Args:
+        run: see :func:`apex_fast.training.results.find_result`.
+        base: the model that the run started from, a hub id or a folder: how the card names it, and where it is read
+            from unless it still is where the run found it. None is as the run recorded it.
+
+    Raises:
+        FileNotFoundError: nothing of the kind is there.
+        CheckpointError: a damaged checkpoint or record.
+        SettingsError: a model with a text encoder of its own, for which there is no stock pipeline.
+    """
+    found = find_result(run)
+    record = Record.read(found.folder)
+    own = "its text encoder is its own, so no stock pipeline can run it; use apex-fast generate"
+    if record is None:
+        if _has_own_text(found.folder):
+            raise SettingsError(f"export: {found.phrase} is loaded by Backbone.from_pretrained as it lies there: {own}")
+        raise SettingsError(
+            f"export: {found.folder} is a whole pipeline and nothing that apex-fast train left, so it needs no export"
+        )
+    base = record.base if base is None else base
+    if base == DIGITS_START or (Path(base).is_dir() and _has_own_text(Path(base))):
+        raise SettingsError(f"export: {found.phrase} is a LoRA on {base}: {own}")
+    if base != record.base and not is_hub_id(base):
+        base = str(pretrained_folder(base).resolve())
+    folder = _run_folder(found)
+    config = {} if folder is None else read_yaml(folder / "config.yaml")
+    prompts = config.get("validation_prompts") or [PROMPT]
+    return Source(
+        found=found,
+        record=record,
+        run=folder,
+        config=config,
+        base=base,
+        place=record.base if Path(record.base).is_dir() else base,
+        name=(folder or found.folder).resolve().name,
+        steps=record.num_inference_steps,
+        resolution=list(record.resolution or (1024, 1024)),
+        prompt=str(prompts[0]),
+    )
+
+
+def _has_own_text(folder: Path) -> bool:
+    """Whether the model there is one of this library's own, with a text encoder beside its transformer."""
+    index = next((p for p in (folder / INDEX, folder / MODEL_FOLDER / INDEX) if p.is_file()), None)
+    if index is None:
+        return False
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
+    return isinstance(name, str) and name.endswith("Backbone")
+
+
+def _run_folder(found: Found) -> Path | None:
+    start = found.folder if found.checkpoint is None else found.checkpoint
+    return next((p for p in (start, start.parent) if (p / "config.yaml").is_file()), None)
