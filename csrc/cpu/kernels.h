@@ -6,6 +6,7 @@
 
 #include "common/geometry.h"
 #include "common/macros.h"
+#include "common/row_problems.h"
 
 namespace apex_fast::cpu {
 
@@ -31,45 +32,6 @@ struct ConditionShiftProblem {
   bool scale_is_vector;
   bool bias_is_vector;
   bool wide;  // compute in fp64
-};
-
-// A text path that starts with a norm: [rows, channels], dense. Parameters are outer_stride apart; 0 spreads a
-// single number.
-struct ConditionShiftRmsNormProblem {
-  int64_t rows;
-  int64_t channels;
-  Operand condition;
-  Operand scale;        // [1] or [channels]
-  Operand bias;         // [1] or [channels]
-  Operand weight;       // [channels]
-  const uint8_t* mask;  // [rows], nonzero = shift this token; nullptr = all
-  double eps;
-  bool wide;
-};
-
-// A text path that starts with a linear layer: [rows, channels], dense.
-struct ProjectedConditionShiftProblem {
-  int64_t rows;
-  int64_t channels;
-  Operand projected;    // W c
-  Operand row_sums;     // [channels], W 1
-  Operand linear_bias;  // [channels] or absent
-  double scale;
-  double bias;
-  const uint8_t* mask;  // [rows], nonzero = shift this token; nullptr = all
-  bool wide;
-};
-
-// hidden is [batch, rows_per_sample, channels], dense; scale and shift are [batch, channels] with strides.
-struct ModulatedLayerNormProblem {
-  int64_t batch;
-  int64_t rows_per_sample;
-  int64_t channels;
-  Operand hidden;
-  Operand scale;
-  Operand shift;
-  double eps;
-  bool wide;
 };
 
 // How the reductions are cut. Only the problem decides, never the number of threads, so that results repeat bit for

@@ -1,61 +1,25 @@
 #include <ATen/ops/empty.h>
 
+#include "common/projected_condition_shift_arguments.h"
 #include "common/registration.h"
-#include "common/rows.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 
 namespace apex_fast::cpu {
-
-namespace {
-
-void check_number(const char* op, const char* name, const at::Tensor& value, const at::Tensor& rows) {
-  check_float(op, name, value);
-  TORCH_CHECK(value.dim() == 0, op, ": ", name, " must be one number, [], got ", value.sizes(),
-              "; one number per channel does not pass through the linear layer: shift its input with condition_shift");
-  check_device(op, name, value, "row_sums", rows);
-}
-
-void check_parameters(const char* op, const at::Tensor& scale, const at::Tensor& bias, const at::Tensor& row_sums,
-                      const char* rows_name, const at::Tensor& rows) {
-  check_channels(op, "row_sums", row_sums, rows_name, rows);
-  check_number(op, "scale", scale, row_sums);
-  check_number(op, "bias", bias, row_sums);
-}
-
-ProjectedConditionShiftProblem describe(const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& bias,
-                                        const at::Tensor& row_sums, const at::Tensor& mask, int64_t count) {
-  ProjectedConditionShiftProblem problem{};
-  problem.channels = row_sums.size(0);
-  problem.rows = problem.channels ? count / problem.channels : 0;
-  problem.row_sums = per_channel(row_sums);
-  problem.scale = scale.item().toDouble();
-  problem.bias = bias.item().toDouble();
-  problem.mask = mask_bytes(mask);
-  problem.wide = rows.scalar_type() == at::kDouble;
-  return problem;
-}
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> projected_condition_shift_cpu(const at::Tensor& projected, const at::Tensor& scale,
                                                                  const at::Tensor& bias, const at::Tensor& row_sums,
                                                                  const std::optional<at::Tensor>& linear_bias,
                                                                  const std::optional<at::Tensor>& mask, bool stacked,
                                                                  std::array<bool, 2> output_mask) {
-  constexpr auto op = "projected_condition_shift";
-  check_rows(op, "projected", projected);
-  check_parameters(op, scale, bias, row_sums, "projected", projected);
-  if (linear_bias) check_channels(op, "linear_bias", *linear_bias, "projected", projected);
-  check_mask(op, mask, "projected", projected);
-  check_branches(op, "projected", projected, stacked, output_mask);
+  check_projected_condition_shift(projected, scale, bias, row_sums, linear_bias, mask, stacked, output_mask);
   const auto make = [&](bool wanted) {
     return wanted ? at::empty(branch_sizes(projected, stacked), projected.options()) : nothing_like(projected);
   };
   at::Tensor real = make(output_mask[0]), shifted = make(output_mask[1] && !stacked);
   if (projected.numel() > 0) {
     const at::Tensor dense = projected.contiguous(), kept = dense_mask(mask);
-    auto problem = describe(dense, scale, bias, row_sums, kept, projected.numel());
+    auto problem = projection_problem(dense, scale, bias, row_sums, kept);
     problem.projected = dense_rows(dense);
     problem.linear_bias = linear_bias ? per_channel(*linear_bias) : absent_rows;
     const Operand second = stacked ? second_half(real) : output_mask[1] ? dense_rows(shifted) : absent_rows;
@@ -69,26 +33,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> projected
     const std::optional<at::Tensor>& projected, const at::Tensor& scale, const at::Tensor& bias,
     const at::Tensor& row_sums, const std::optional<at::Tensor>& mask, bool stacked, at::ScalarType linear_bias_dtype,
     std::array<bool, 5> output_mask) {
-  constexpr auto op = "projected_condition_shift_backward";
-  TORCH_CHECK(grad_real || grad_shifted, op, ": grad_real or grad_shifted must be given");
-  check_float_type(op, "linear_bias_dtype", linear_bias_dtype);
-  const at::Tensor& grad = grad_real ? *grad_real : *grad_shifted;
-  check_rows(op, grad_real ? "grad_real" : "grad_shifted", grad);
-  check_branches(op, "grad_real", grad, stacked, {true, true});
-  TORCH_CHECK(!stacked || (grad_real && grad.size(0) % 2 == 0), op,
-              ": stacked needs grad_real with both branches, an even batch, got ", grad.sizes());
-  const at::Tensor like = stacked ? grad.narrow(0, 0, grad.size(0) / 2) : grad;
-  check_branch_gradients(op, grad_real, "grad_real", grad_shifted, "grad_shifted", "projected",
-                         projected ? *projected : like, stacked);
-  check_parameters(op, scale, bias, row_sums, "grad_real", like);
-  check_mask(op, mask, "projected", like);
-  TORCH_CHECK(projected || !output_mask[1], op, ": the gradient of scale needs projected");
-
+  const at::Tensor like = check_projected_condition_shift_backward(
+      grad_real, grad_shifted, projected, scale, bias, row_sums, mask, stacked, linear_bias_dtype, output_mask);
   at::Tensor grad_projected = output_mask[0] ? at::empty(like.sizes(), like.options()) : nothing_like(like);
   const at::Tensor first = grad_real ? grad_real->contiguous() : at::Tensor();
   const at::Tensor second = grad_shifted ? grad_shifted->contiguous() : at::Tensor();
   const at::Tensor dense = projected ? projected->contiguous() : at::Tensor(), kept = dense_mask(mask);
-  auto problem = describe(like, scale, bias, row_sums, kept, like.numel());
+  auto problem = projection_problem(like, scale, bias, row_sums, kept);
   if (projected && output_mask[1]) problem.projected = dense_rows(dense);
   const int64_t channels = problem.channels, chunks = chunks_of_rows(problem.rows, channels);
   const bool sums = output_mask[1] || output_mask[2] || output_mask[3] || output_mask[4];
@@ -105,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> projected
   if (output_mask[2] || output_mask[3]) {
     const at::Tensor columns = shifted.to_tensor(row_sums.to(at::kDouble));
     if (output_mask[2]) grad_bias = columns.dot(row_sums.to(at::kDouble)).to(bias.scalar_type());
-    if (output_mask[3]) grad_row_sums = columns.mul(problem.bias).to(row_sums.scalar_type());
+    if (output_mask[3]) grad_row_sums = columns.mul(bias.to(at::kDouble)).to(row_sums.scalar_type());
   }
   const at::Tensor bias_like = at::empty({output_mask[4] ? channels : 0}, like.options().dtype(linear_bias_dtype));
   return {grad_projected, output_mask[1] ? product.to_tensor(scale) : nothing_like(scale), grad_bias, grad_row_sums,

@@ -2,9 +2,10 @@
 //
 // A block has a tile of channels and a chunk of rows: its threads stand side by side over the channels, 8 each, and
 // hold scale and bias of theirs while they walk down the rows.
+#include "cuda/column_sums.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/row_tiles.cuh"
 #include "cuda/vector_io.cuh"
 #include "math/condition_shift.h"
 
@@ -28,25 +29,6 @@ __device__ __forceinline__ void load_parameter(const Parameter& parameter, int64
         i < count ? static_cast<C>(load_number(parameter.data, parameter.dtype, (first + i) * parameter.stride)) : C(0);
 }
 
-// The part of the problem that falls to a thread.
-struct Share {
-  int64_t first;  // channel
-  int count;      // channels, 0 beyond the last
-  int64_t begin;  // rows begin, begin + rows_at_once, ... below end
-  int64_t end;
-
-  static __device__ Share of(const ConditionShift& p, int64_t rows_of_chunk) {
-    Share share;
-    share.first = (static_cast<int64_t>(blockIdx.x) * tile_slots + threadIdx.x) * slot_size;
-    const int64_t left = p.channels - share.first;
-    share.count = left >= slot_size ? slot_size : left > 0 ? static_cast<int>(left) : 0;
-    const int64_t top = blockIdx.y * rows_of_chunk;
-    share.begin = top + threadIdx.y;
-    share.end = top + rows_of_chunk < p.rows ? top + rows_of_chunk : p.rows;
-    return share;
-  }
-};
-
 struct ForwardProblem {
   ConditionShift shift;
   RowOperand operands[2];  // condition, out
@@ -56,7 +38,7 @@ struct ForwardProblem {
 template <class C>
 __global__ void __launch_bounds__(block_size, blocks_at_once<C>)
     condition_shift_kernel(const __grid_constant__ ForwardProblem p) {
-  const Share share = Share::of(p.shift, p.rows_of_chunk);
+  const Share share = Share::of(p.shift.rows, p.shift.channels, p.rows_of_chunk);
   if (share.count == 0) return;  // there is no barrier in this kernel
   C scale[slot_size], bias[slot_size];
   load_parameter(p.shift.scale, share.first, share.count, scale);
@@ -101,39 +83,11 @@ struct BackwardProblem {
   int64_t rows_of_chunk;
 };
 
-// Adds up the sums of the threads above one another, then, for a parameter that is a single number, over the channels.
-// All threads of the block come here, those without channels with zeros.
-__device__ __forceinline__ void store_partials(const double (&sums)[slot_size], bool is_vector, int64_t channels,
-                                               double* partials, double (&shared)[rows_at_once][tile_channels]) {
-#pragma unroll
-  for (int i = 0; i < slot_size; ++i)
-    shared[threadIdx.y][threadIdx.x * slot_size + i] = sums[i];
-  __syncthreads();
-  const int mine = threadIdx.y * tile_slots + threadIdx.x;  // a channel of the tile
-  double total = 0;
-#pragma unroll
-  for (int y = 0; y < rows_at_once; ++y)
-    total += shared[y][mine];
-  if (is_vector) {
-    const int64_t channel = static_cast<int64_t>(blockIdx.x) * tile_channels + mine;
-    if (channel < channels) partials[blockIdx.y * channels + channel] = total;
-  } else {
-    // Every thread has read its column, and writes into it alone.
-    shared[0][mine] = total;
-    __syncthreads();
-    if (threadIdx.y == 0) {
-      const double all = add_lanes(lane_total(shared[0], tile_channels, threadIdx.x));
-      if (threadIdx.x == 0) partials[blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x] = all;
-    }
-  }
-  __syncthreads();  // before the caller fills `shared` again
-}
-
 template <class C>
 __global__ void __launch_bounds__(block_size)
     condition_shift_backward_kernel(const __grid_constant__ BackwardProblem p) {
   __shared__ double shared[rows_at_once][tile_channels];
-  const Share share = Share::of(p.shift, p.rows_of_chunk);
+  const Share share = Share::of(p.shift.rows, p.shift.channels, p.rows_of_chunk);
   const RowOperand &condition = p.operands[0], &grad = p.operands[1], &grad_condition = p.operands[2];
   C scale[slot_size];
   load_parameter(p.shift.scale, share.first, share.count, scale);
@@ -177,44 +131,18 @@ __global__ void __launch_bounds__(block_size)
   if (p.partial_bias) store_partials(bias_sums, p.shift.bias.is_vector, p.shift.channels, p.partial_bias, shared);
 }
 
-// Second stage: partials [rows, columns] to out [columns].
-struct ColumnSums {
-  const double* partials;  // nullptr: nothing to do
-  int64_t rows;
-  int64_t columns;
-  void* out;
-  DType dtype;
-};
-
-// Block x has 32 columns of the sums that blockIdx.y names. A warp walks down them side by side, so that it reads
-// neighbours; then each warp adds up one column.
-__global__ void __launch_bounds__(warp_size* warp_size)
-    column_sums_kernel(const __grid_constant__ ColumnSums first, const __grid_constant__ ColumnSums second) {
-  __shared__ double shared[warp_size][warp_size + 1];  // one more: a column then lies in different banks
-  const ColumnSums& sums = blockIdx.y == 0 ? first : second;
-  const int x = threadIdx.x, y = threadIdx.y;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * warp_size + x;
-  double sum = 0;
-  if (sums.partials && column < sums.columns) {
-#pragma unroll 4
-    for (int64_t row = y; row < sums.rows; row += warp_size)
-      sum += sums.partials[row * sums.columns + column];
-  }
-  shared[y][x] = sum;
-  __syncthreads();
-  const double total = add_lanes(shared[x][y]);
-  const int64_t mine = static_cast<int64_t>(blockIdx.x) * warp_size + y;
-  if (x == 0 && sums.partials && mine < sums.columns) store_number(total, sums.out, sums.dtype, mine);
-}
-
-dim3 grid_of(const RowChunks& chunks) {
-  return {static_cast<unsigned>(chunks.tiles), static_cast<unsigned>(chunks.count), 1};
-}
-
-ColumnSums column_sums(const ParameterGradient& gradient, const Parameter& parameter, const RowChunks& chunks,
-                       int64_t channels) {
-  if (parameter.is_vector) return {gradient.partials, chunks.count, channels, gradient.out, parameter.dtype};
-  return {gradient.partials, chunks.count * chunks.tiles, 1, gradient.out, parameter.dtype};
+// A single number is the one column of as many rows as there are blocks.
+ColumnSums<double> sums_of(const ParameterGradient& gradient, const Parameter& parameter, const RowChunks& chunks,
+                           int64_t channels) {
+  const bool v = parameter.is_vector;
+  return {gradient.partials,
+          1,
+          v ? chunks.count : chunks.count * chunks.tiles,
+          v ? channels : 1,
+          gradient.out,
+          parameter.dtype,
+          nullptr,
+          DType::F32};
 }
 
 }  // namespace
@@ -224,7 +152,7 @@ int condition_shift(const ConditionShift& problem, const RowOperand& condition, 
   const RowChunks chunks = row_chunks(problem.rows, problem.channels);
   const ForwardProblem p{problem, {condition, out}, chunks.rows};
   const auto kernel = wide ? condition_shift_kernel<double> : condition_shift_kernel<float>;
-  return launch(kernel, grid_of(chunks), {tile_slots, rows_at_once, 1}, stream, p);
+  return launch(kernel, grid_of(chunks), block_of_tiles(), stream, p);
 }
 
 int condition_shift_backward(const ConditionShift& problem, const RowOperand& condition, const RowOperand& grad,
@@ -234,15 +162,11 @@ int condition_shift_backward(const ConditionShift& problem, const RowOperand& co
   const BackwardProblem p{
       problem, {condition, grad, grad_condition}, grad_scale.partials, grad_bias.partials, chunks.rows};
   const auto kernel = wide ? condition_shift_backward_kernel<double> : condition_shift_backward_kernel<float>;
-  const int launched = launch(kernel, grid_of(chunks), {tile_slots, rows_at_once, 1}, stream, p);
-  if (launched != cudaSuccess || !(grad_scale.partials || grad_bias.partials)) return launched;
-
-  const ColumnSums first = column_sums(grad_scale, problem.scale, chunks, problem.channels);
-  const ColumnSums second = column_sums(grad_bias, problem.bias, chunks, problem.channels);
-  const int64_t columns =
-      (first.partials && problem.scale.is_vector) || (second.partials && problem.bias.is_vector) ? problem.channels : 1;
-  return launch(column_sums_kernel, {static_cast<unsigned>(ceil_divide(columns, warp_size)), 2, 1},
-                {warp_size, warp_size, 1}, stream, first, second);
+  const int launched = launch(kernel, grid_of(chunks), block_of_tiles(), stream, p);
+  if (launched != cudaSuccess) return launched;
+  return column_sums<double, 2>({{sums_of(grad_scale, problem.scale, chunks, problem.channels),
+                                  sums_of(grad_bias, problem.bias, chunks, problem.channels)}},
+                                stream);
 }
 
 }  // namespace apex_fast::cuda

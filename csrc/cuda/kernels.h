@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/geometry.h"
+#include "common/row_problems.h"
 #include "cuda/rows.h"
 
 namespace apex_fast::cuda {
@@ -95,5 +96,40 @@ int condition_shift(const ConditionShift& problem, const RowOperand& condition, 
 int condition_shift_backward(const ConditionShift& problem, const RowOperand& condition, const RowOperand& grad,
                              const RowOperand& grad_condition, const ParameterGradient& grad_scale,
                              const ParameterGradient& grad_bias, bool wide, void* stream);
+
+// ---- rows of channels
+
+// The sum over the rows of one number per channel, or of them all. `partials` has, in the arithmetic type (fp32, fp64
+// if wide), as many numbers as said where it is used.
+struct ColumnGradient {
+  void* partials = nullptr;  // nullptr: not wanted
+  void* out = nullptr;       // [channels], [batch, channels] or one number, contiguous
+  DType dtype = DType::F32;
+  bool is_vector = false;
+};
+
+int condition_shift_rms_norm(const ConditionShiftRmsNormProblem& problem, const Operand& normed,
+                             const Operand& normed_shifted, void* stream);
+// partials: row_partials(row_tasks(1, rows, true), channels, is_vector) numbers. gradients: scale, bias, weight
+int condition_shift_rms_norm_backward(const ConditionShiftRmsNormProblem& problem, const Operand& grad_normed,
+                                      const Operand& grad_shifted, const Operand& grad_condition,
+                                      const ColumnGradient (&gradients)[3], void* stream);
+
+int projected_condition_shift(const ProjectedConditionShiftProblem& problem, const Operand& real,
+                              const Operand& shifted, void* stream);
+// partials: parameter_partials(row_chunks(rows, channels), channels, is_vector) numbers, always fp64.
+// gradients: scale, bias, row_sums, linear_bias
+int projected_condition_shift_backward(const ProjectedConditionShiftProblem& problem, const Operand& grad_real,
+                                       const Operand& grad_shifted, const Operand& grad_projected,
+                                       const ColumnGradient (&gradients)[4], void* stream);
+
+// mean, rstd: [batch, rows_per_sample] fp32, fp64 if wide
+int modulated_layer_norm(const ModulatedLayerNormProblem& problem, const Operand& out, void* mean, void* rstd,
+                         void* stream);
+// partials: row_partials(row_tasks(batch, rows_per_sample, true), channels, true) numbers. mean and rstd have the dtype
+// `statistics`. gradients: scale, shift
+int modulated_layer_norm_backward(const ModulatedLayerNormProblem& problem, const Operand& grad, const void* mean,
+                                  const void* rstd, DType statistics, const Operand& grad_hidden,
+                                  const ColumnGradient (&gradients)[2], void* stream);
 
 }  // namespace apex_fast::cuda

@@ -8,7 +8,8 @@
 namespace apex_fast::cuda {
 
 // Adds up one number per lane; every lane gets the sum. All 32 lanes of the warp must come here together.
-__device__ __forceinline__ double add_lanes(double value) {
+template <class T>
+__device__ __forceinline__ T add_lanes(T value) {
 #pragma unroll
   for (int distance = warp_size / 2; distance > 0; distance /= 2)
     value += __shfl_xor_sync(0xffffffffu, value, distance);

@@ -1,5 +1,5 @@
-// How condition_shift cuts a condition [..., D]: rows of D channels, in tiles of channels and chunks of rows.
-// Arithmetic only, as slots.h.
+// How the row ops cut tensors [..., D] of rows of D channels. Ops that look at every element by itself take tiles of
+// channels and chunks of rows; ops that need a sum over a row take whole rows. Arithmetic only, as slots.h.
 #pragma once
 
 #include "cuda/slots.h"
@@ -69,7 +69,8 @@ RowDims join_dims(int dims, const int64_t* sizes, const int64_t* const (&strides
   return rows;
 }
 
-// The grid: tiles of channels by chunks of rows. As in slots.h, the problem alone decides.
+// ---- tiles of channels by chunks of rows. As in slots.h, the problem alone decides.
+
 struct RowChunks {
   int64_t tiles = 0;
   int64_t rows = 0;  // of a chunk
@@ -89,6 +90,51 @@ inline RowChunks row_chunks(int64_t rows, int64_t channels) {
 // fp64 numbers of workspace for the gradient of one parameter: [chunks, D], or [chunks, tiles] for a single number.
 inline int64_t parameter_partials(const RowChunks& chunks, int64_t channels, bool is_vector) {
   return chunks.count * (is_vector ? channels : chunks.tiles);
+}
+
+// ---- whole rows
+
+// Threads that a block has at most, and the channels that they hold in registers, a slot each; longer rows are read
+// more than once, by half as many threads. In fp64 a slot takes twice the registers.
+template <class C>
+constexpr int most_row_threads = sizeof(C) == 4 ? 512 : 256;
+template <class C>
+constexpr int64_t held_channels = most_row_threads<C> * slot_size;
+
+// Whole warps.
+template <class C>
+constexpr int row_threads(int64_t channels) {
+  if (channels >= held_channels<C>) return most_row_threads<C>;
+  return static_cast<int>(ceil_divide(ceil_divide(channels, slot_size), warp_size) * warp_size);
+}
+
+// A block works on a task, some rows of one group, one after the other. The rows of a task are few: the sums over them
+// are formed in the arithmetic type, their number is that of the partial sums, and where rows are read more than once
+// the statistics of all of them lie in shared memory.
+struct RowTasks {
+  static constexpr int most_rows = 32;
+  Divider per_group;  // tasks
+  int64_t rows_of_group = 0;
+  int64_t rows = 0;   // of a task
+  int64_t count = 0;  // tasks of all groups
+};
+
+// With partial sums, blocks beyond what fills a GPU cost memory traffic: every one of them writes a row of sums.
+inline RowTasks row_tasks(int64_t groups, int64_t rows_of_group, bool partial_sums) {
+  const int64_t enough_blocks = partial_sums ? 256 : 2048;
+  RowTasks tasks;
+  tasks.rows_of_group = rows_of_group;
+  tasks.rows = ceil_divide(groups * rows_of_group, enough_blocks);
+  if (tasks.rows > RowTasks::most_rows) tasks.rows = RowTasks::most_rows;
+  if (tasks.rows > rows_of_group) tasks.rows = rows_of_group;
+  tasks.per_group = Divider(ceil_divide(rows_of_group, tasks.rows));
+  tasks.count = groups * tasks.per_group.divisor;
+  return tasks;
+}
+
+// Numbers of workspace, in the arithmetic type, for one sum per channel or one number: [groups, tasks, D] or [tasks].
+inline int64_t row_partials(const RowTasks& tasks, int64_t channels, bool is_vector) {
+  return tasks.count * (is_vector ? channels : 1);
 }
 
 }  // namespace apex_fast::cuda

@@ -317,6 +317,49 @@ void check_row_chunks() {
   std::printf("row_chunks %lld\n", (long long)shapes);
 }
 
+// Every row of every group in exactly one task, in order, and threads for every channel that is held.
+template <class C>
+void check_row_threads() {
+  for (int64_t channels = 1; channels <= 3 * held_channels<C>; channels += channels < 600 ? 1 : 97) {
+    const int threads = row_threads<C>(channels);
+    REQUIRE(threads % warp_size == 0 && threads >= warp_size && threads <= most_row_threads<C>);
+    const bool held = channels <= held_channels<C>;
+    REQUIRE(held == (channels <= int64_t{threads} * slot_size), "%lld channels", (long long)channels);
+    REQUIRE(!held || threads - warp_size < (channels + slot_size - 1) / slot_size, "a warp without work");
+  }
+  REQUIRE(row_threads<C>(int64_t{1} << 40) == most_row_threads<C>);
+}
+
+void check_row_tasks() {
+  check_row_threads<float>();
+  check_row_threads<double>();
+  int64_t shapes = 0;
+  for (const int64_t groups : {1, 2, 3, 64, 700})
+    for (const int64_t rows : {1, 2, 31, 32, 33, 255, 256, 257, 1000, 5000})
+      for (const bool partial_sums : {true, false}) {
+        const RowTasks tasks = row_tasks(groups, rows, partial_sums);
+        REQUIRE(tasks.rows >= 1 && tasks.rows <= RowTasks::most_rows && tasks.rows_of_group == rows);
+        REQUIRE(tasks.count == groups * tasks.per_group.divisor);
+        int64_t next = 0;
+        for (int64_t task = 0; task < tasks.count; ++task) {
+          // as row_kernel does
+          const int64_t group = tasks.per_group.divide(task);
+          const int64_t begin = (task - group * tasks.per_group.divisor) * tasks.rows;
+          const int64_t count = std::min(tasks.rows, rows - begin);
+          REQUIRE(count >= 1 && group * rows + begin == next, "task %lld", (long long)task);
+          next += count;
+        }
+        REQUIRE(next == groups * rows);
+        REQUIRE(row_partials(tasks, 40, true) == 40 * tasks.count && row_partials(tasks, 40, false) == tasks.count);
+        ++shapes;
+      }
+  // 4,096 tokens: few partial sums, and still blocks for every multiprocessor
+  REQUIRE(row_tasks(1, 4096, true).count == 256 && row_tasks(1, 4096, false).count == 2048);
+  const RowTasks large = row_tasks(3, int64_t{1} << 33, true);
+  REQUIRE(large.rows == RowTasks::most_rows && large.count == 3 * (int64_t{1} << 28));
+  std::printf("row_tasks %lld\n", (long long)shapes);
+}
+
 }  // namespace
 
 int main() {
@@ -326,4 +369,5 @@ int main() {
   check_large();
   check_rows();
   check_row_chunks();
+  check_row_tasks();
 }

@@ -8,6 +8,10 @@ namespace apex_fast::cpu::APEX_ISA_NAMESPACE {
 
 namespace {
 
+double number(const Operand& parameter) {
+  return channel_values<double>(parameter, 1).data()[0];
+}
+
 template <class C>
 void projected_condition_shift_typed(const ProjectedConditionShiftProblem& p, const Operand& real,
                                      const Operand& shifted) {
@@ -17,9 +21,10 @@ void projected_condition_shift_typed(const ProjectedConditionShiftProblem& p, co
   ChannelBuffer<C> offset(channels);
   const ChannelBuffer<double> row_sums = channel_values<double>(p.row_sums, channels),
                               wide_bias = channel_values<double>(p.linear_bias, channels);
+  const double bias = number(p.bias);
   for (int64_t i = 0; i < channels; ++i)
-    offset.data()[i] = static_cast<C>(p.bias * row_sums.data()[i] + wide_bias.data()[i]);
-  const V scale(static_cast<C>(p.scale));
+    offset.data()[i] = static_cast<C>(bias * row_sums.data()[i] + wide_bias.data()[i]);
+  const V scale(static_cast<C>(number(p.scale)));
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, channels));
   at::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) {
     RowBuffer<C> projected(channels), out(channels);
@@ -47,6 +52,7 @@ void projected_condition_shift_backward_typed(const ProjectedConditionShiftProbl
                                               double* partial_product, double* partial_shifted, double* partial_all) {
   using V = Vec<C>;
   const int64_t channels = p.channels;
+  const C shift_scale = static_cast<C>(number(p.scale));
   const int64_t chunk_rows = rows_per_chunk(channels), chunks = (p.rows + chunk_rows - 1) / chunk_rows;
   at::parallel_for(0, chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
     RowBuffer<C> projected(channels), real_in(channels), shifted_in(channels), out(channels);
@@ -55,7 +61,7 @@ void projected_condition_shift_backward_typed(const ProjectedConditionShiftProbl
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       for (int64_t row = chunk * chunk_rows; row < std::min(p.rows, (chunk + 1) * chunk_rows); ++row) {
         const bool kept = p.mask && !p.mask[row];
-        const V scale(kept ? C(1) : static_cast<C>(p.scale));
+        const V scale(kept ? C(1) : shift_scale);
         const C* const g_real = grad_real.data ? real_in.read(grad_real, row) : zeros.data();
         const C* const g_shifted = grad_shifted.data ? shifted_in.read(grad_shifted, row) : zeros.data();
         if (grad_projected.data) {

@@ -136,16 +136,30 @@ struct Machine {
       fiber.done = false;
       fiber.index = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
     }
-    // Odd strides visit all threads of a block whose size is a power of two, and the plain order any other.
+    // Odd strides visit all threads of a block whose size is a power of two, and the plain order any other. In every
+    // other block each warp runs as far as it can before the next one does, so that one that passes a barrier too few
+    // overtakes the rest.
     const int stride = (threads & (threads - 1)) == 0 ? static_cast<int>(2 * (blocks_run % 61) + 1) : 1;
+    const bool greedy = blocks_run % 2 == 1;
     ++blocks_run;
+    const auto visit = [&](int i) {
+      Fiber& fiber = *fibers[i];
+      if (fiber.done) return 0;
+      resume(fiber);
+      return static_cast<int>(fiber.done);
+    };
     for (int left = threads; left > 0;) {
       const int64_t before = progress;
-      for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = *fibers[static_cast<int64_t>(i) * stride % threads];
-        if (fiber.done) continue;
-        resume(fiber);
-        left -= fiber.done;
+      if (greedy) {
+        for (int warp = 0; warp < threads; warp += 32)
+          for (int64_t reached = -1; reached != progress;) {
+            reached = progress;
+            for (int i = warp; i < std::min(warp + 32, threads); ++i)
+              left -= visit(i);
+          }
+      } else {
+        for (int i = 0; i < threads; ++i)
+          left -= visit(static_cast<int>(static_cast<int64_t>(i) * stride % threads));
       }
       if (progress == before) fail("threads wait at a barrier that others of their block or warp never reach");
     }
@@ -166,7 +180,9 @@ inline void __syncthreads() {
   machine.thread_index = mine;
 }
 
-inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  static_assert(sizeof(T) <= sizeof(double), "exchanged as a double, which holds every float");
   auto& machine = emulator::Machine::one();
   const dim3 mine = machine.thread_index;
   const int here = machine.linear(), warp = here / 32;
@@ -174,7 +190,7 @@ inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
   machine.exchanged[here] = value;
   machine.wait(machine.of_warp[warp], 32);
   machine.thread_index = mine;
-  const double other = machine.exchanged[here ^ distance];
+  const T other = static_cast<T>(machine.exchanged[here ^ distance]);
   machine.wait(machine.of_warp[warp], 32);
   machine.thread_index = mine;
   return other;
