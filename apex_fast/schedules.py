@@ -14,15 +14,33 @@ schedule        passes                                                      grap
 
 Each takes the step, ``backward(loss)`` and ``no_sync()``, a context for everything but the last backward, and
 accumulates gradients.
+
+The loss runs in one of two ways, N being the bytes of one velocity. *Recompute*: losses first, and in backward the
+velocities are read again; 8N for both gradients. *One pass*: a schedule knows what each loss of each sample weighs, so
+losses and gradients come from a single read; 5N, and v_real and the target are given back before the backward runs.
+What decides is how a gradient that is known gets into the network:
+
+* Without a ``backward`` of the caller's it is handed to the velocity as it is. One pass wins in all three schedules.
+* A caller's ``backward`` may scale the loss, by a number that only the device knows, so a known gradient has to be
+  multiplied by it: 2N more for each. ``sequential``, which needs its two gradients at different times, would otherwise
+  read the velocities three times (11N); one pass wins (9N). ``retain`` and ``joint`` recompute (8N against 9N).
+* What a caller's loss scale multiplies must not have vanished in fp16: ``sequential`` then keeps the generator's
+  gradient in fp32, and reads an fp16 velocity of the shifted branch through an fp32 copy, to get its gradient in fp32.
+
+``objective(...)``, whose caller may never ask for a gradient, recomputes. Measured with
+``python benchmarks/run.py --suite ops --only one_pass --threads 1`` (docs/performance.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import ops
 from .condition import Condition, concatenate
@@ -49,14 +67,14 @@ def all_graphs(inputs: StepInputs) -> Terms:
     """Every term with its graph alive; ``total.backward()`` is the caller's."""
     terms = Terms()
     if inputs.adversarial:
-        _adversarial(inputs, terms)
+        _recomputed(inputs, terms, _both_graphs(inputs))
     if inputs.supervised_weight > 0:
         terms.add("supervised", supervised_loss(inputs), inputs.supervised_weight)
     return terms
 
 
-def _adversarial(inputs: StepInputs, terms: Terms) -> None:
-    """L_fake (Eq. 12) and the correction on generated trajectories (Eq. 13, 17, 27), with both graphs alive."""
+def _both_graphs(inputs: StepInputs) -> _Asked:
+    """Generator, real and shifted branch, the graphs of generator and shifted branch kept where they are trained."""
     corrects, fits = inputs.correction_weight > 0, inputs.fake_weight > 0
     with torch.set_grad_enabled(torch.is_grad_enabled() and corrects):
         x_s = start(inputs)
@@ -71,11 +89,7 @@ def _adversarial(inputs: StepInputs, terms: Terms) -> None:
         if fits:
             trained(v_shift, "shifted")
     v_real, options = loss_arguments(inputs, v_shift, reals)
-    fake, correction, stats = ops.shifted_velocity_loss(v_gen if corrects else None, v_shift, v_real, target, **options)
-    terms.add("fake", fake, inputs.fake_weight)
-    if inputs.measure_correction:
-        terms.add("correction", correction, inputs.correction_weight)
-        terms.stats = stats
+    return _Asked(v_gen, v_shift, v_real, target, options)
 
 
 def joint(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Terms:
@@ -111,17 +125,24 @@ def joint(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Ter
         v_gen = parts.pop(0)
     if inputs.fake_weight > 0:
         v_shift = parts.pop(0)
+    roots: list[tuple[Tensor, Tensor | None]] = []
     if v_shift is not None and target is not None:
         v_real, options = loss_arguments(inputs, v_shift, reals)
-        fake, correction, stats = ops.shifted_velocity_loss(v_gen, v_shift, v_real, target, **options)
-        terms.add("fake", fake, inputs.fake_weight)
-        if inputs.measure_correction:
-            terms.add("correction", correction, inputs.correction_weight)
-            terms.stats = stats
+        asked = _Asked(v_gen, v_shift, v_real, target, options)
+        if _hands_over(backward):
+            roots += _roots(asked, *_one_pass(inputs, terms, asked))
+        else:
+            _recomputed(inputs, terms, asked)
+        del asked, v_real, options  # the backward of known gradients needs none of them, and a graph keeps its own
+        reals = target = None
     if z_sup is not None:
-        terms.add("supervised", ops.mixed_velocity_loss(parts.pop(0), inputs.x, z_sup), inputs.supervised_weight)
+        term = terms.add("supervised", ops.mixed_velocity_loss(parts.pop(0), inputs.x, z_sup), inputs.supervised_weight)
+        roots.append((term, None))
     assert terms.total is not None  # the objective refuses a step that trains nothing
-    backward(terms.total)
+    if _hands_over(backward):
+        torch.autograd.backward(*zip(*roots, strict=True))
+    else:
+        backward(terms.total)
     terms.settle()
     return terms
 
@@ -131,9 +152,16 @@ def retain(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Te
     terms = Terms()
     if inputs.adversarial:
         with quiet(no_sync, last=inputs.supervised_weight == 0):
-            _adversarial(inputs, terms)
-            if terms.total is not None:
-                backward(terms.total)
+            if _hands_over(backward):
+                asked = _both_graphs(inputs)
+                roots = _roots(asked, *_one_pass(inputs, terms, asked))
+                del asked  # the backward needs neither v_real nor the target
+                if roots:
+                    torch.autograd.backward(*zip(*roots, strict=True))
+            else:
+                _recomputed(inputs, terms, _both_graphs(inputs))
+                if terms.total is not None:
+                    backward(terms.total)
             terms.settle()
     _supervised_phase(inputs, terms, backward)
     return terms
@@ -145,14 +173,13 @@ def sequential(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -
     corrects, supervises = inputs.correction_weight > 0, inputs.supervised_weight > 0
     if inputs.adversarial:
         with quiet(no_sync, last=not (supervises or corrects)):
-            x_s, state, grad_gen = _shifted_phase(inputs, terms, backward)
-        if grad_gen is not None:
+            x_s, state, known = _shifted_phase(inputs, terms, backward)
+        if known is not None:
             with quiet(no_sync, last=not supervises):
                 with random_state(inputs.x.device, state):
                     v_gen = trained(generate(inputs, x_s), "generator")
-                # A sum in fp32, so that a loss scaler multiplies the gradient before it is rounded to half precision.
-                backward((v_gen.to(grad_gen.dtype) * grad_gen).sum())
-                del v_gen, grad_gen
+                _drive(backward, v_gen, known)
+                del v_gen, known
     _supervised_phase(inputs, terms, backward)
     return terms
 
@@ -163,47 +190,30 @@ def _supervised_phase(inputs: StepInputs, terms: Terms, backward: Backward) -> N
         terms.settle()
 
 
-def _shifted_phase(inputs: StepInputs, terms: Terms, backward: Backward) -> tuple[Tensor, RandomState, Tensor | None]:
+def _shifted_phase(inputs: StepInputs, terms: Terms, backward: Backward) -> tuple[Tensor, RandomState, _Known | None]:
     """Shifted branch forward and backward while no generator graph exists.
 
-    Returns the generator's start, the random state before its first run, and the gradient that its velocity will get.
+    Returns the generator's start, the random state before its first run, and what its velocity will get; None where the
+    correction trains nothing.
     """
     fits = inputs.fake_weight > 0
     with torch.no_grad():
         x_s = start(inputs)
         state = get_random_state(inputs.x.device)
-        x_fake_t, target = query(inputs, generate(inputs, x_s), x_s)
+        v_gen = generate(inputs, x_s)
+        x_fake_t, target = query(inputs, v_gen, x_s)
         reals = real(inputs, x_fake_t) if inputs.measure_correction else None
     with torch.set_grad_enabled(fits):
         v_shift = shifted(inputs, x_fake_t, inputs.draws.t_query)
         if fits:
             trained(v_shift, "shifted")
-        v_real, options = loss_arguments(inputs, v_shift, reals)
-        fake, correction, stats = ops.shifted_velocity_loss(None, v_shift, v_real, target, **options)
-        term = terms.add("fake", fake, inputs.fake_weight)
-        if fits:
-            backward(term)
-        terms.settle()
-    if not inputs.measure_correction:
-        return x_s, state, None
-    terms.add("correction", correction.detach(), inputs.correction_weight)
-    terms.stats = stats
-    if inputs.correction_weight == 0:
-        return x_s, state, None
-    # After the backward above, whose graph is gone: this gradient does not add to the peak.
-    with torch.no_grad():
-        upstream = torch.full_like(correction, inputs.correction_weight / max(correction.shape[0], 1))
-        grad_gen, _, _ = ops.shifted_velocity_loss_backward(
-            torch.zeros_like(upstream),
-            upstream,
-            v_shift.detach(),
-            v_real,
-            target,
-            output_mask=[True, False, False],
-            grad_gen_dtype=upstream.dtype,
-            **options,
-        )
-    return x_s, state, grad_gen
+    v_real, options = loss_arguments(inputs, v_shift, reals)
+    asked = _Asked(v_gen, v_shift, v_real, target, options)
+    of_generator, of_shifted = _one_pass(inputs, terms, asked, scaled=not _hands_over(backward))
+    del asked, v_gen, x_fake_t, target, reals, v_real, options  # the backward needs none of them
+    if of_shifted is not None:
+        _drive(backward, v_shift, of_shifted)
+    return x_s, state, of_generator
 
 
 SCHEDULES: dict[str, Callable[[StepInputs, Backward, NoSync | None], Terms]] = {
@@ -211,6 +221,115 @@ SCHEDULES: dict[str, Callable[[StepInputs, Backward, NoSync | None], Terms]] = {
     "retain": retain,
     "sequential": sequential,
 }
+
+
+# ---- losses, and their gradients into the network
+
+
+@dataclass
+class _Asked:
+    """What the branches answered on generated trajectories: the arguments of the loss op."""
+
+    v_gen: Tensor | None
+    v_shift: Tensor
+    v_real: Tensor
+    target: Tensor
+    options: dict[str, Any]
+
+
+def _recomputed(inputs: StepInputs, terms: Terms, asked: _Asked) -> None:
+    """L_fake (Eq. 12) and the correction on generated trajectories (Eq. 13, 17, 27), differentiable."""
+    v_gen = asked.v_gen if inputs.correction_weight > 0 else None
+    fake, correction, stats = ops.shifted_velocity_loss(
+        v_gen, asked.v_shift, asked.v_real, asked.target, **asked.options
+    )
+    _note(inputs, terms, fake, correction, stats)
+
+
+def _note(inputs: StepInputs, terms: Terms, fake: Tensor, correction: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Notes the losses and returns what they add to the total."""
+    fake_term = terms.add("fake", fake, inputs.fake_weight)
+    if not inputs.measure_correction:
+        return fake_term, fake.new_zeros(())
+    terms.stats = stats
+    return fake_term, terms.add("correction", correction, inputs.correction_weight)
+
+
+@dataclass
+class _Known:
+    """The gradient of a velocity, and the weighted 0-d loss that it is the gradient of."""
+
+    gradient: Tensor
+    loss: Tensor
+
+
+def _one_pass(
+    inputs: StepInputs, terms: Terms, asked: _Asked, *, scaled: bool = False
+) -> tuple[_Known | None, _Known | None]:
+    """The losses of :func:`_recomputed` and their gradients from one read of the velocities: that of the generator's
+    and that of the shifted branch's, each None if it trains nothing.
+
+    ``scaled``: the gradients will be multiplied by a loss scale, so that none of them may vanish in fp16 before.
+    """
+    corrects, fits = inputs.correction_weight > 0, inputs.fake_weight > 0
+    v_shift, target = asked.v_shift.detach(), asked.target
+    compute = torch.promote_types(torch.promote_types(v_shift.dtype, target.dtype), torch.float32)
+    if scaled and v_shift.dtype == torch.float16:
+        v_shift = v_shift.to(compute)  # the op writes this gradient in the dtype of this velocity
+    weights = [
+        torch.full(v_shift.shape[:1], weight / v_shift.shape[0], dtype=compute, device=v_shift.device)
+        for weight in (inputs.fake_weight, inputs.correction_weight)
+    ]
+    grad_gen_dtype = None if asked.v_gen is None else compute if scaled else asked.v_gen.dtype
+    fake, correction, stats, grad_gen, grad_shift = ops.shifted_velocity_loss_with_gradients(
+        *weights,
+        v_shift,
+        asked.v_real,
+        target,
+        output_mask=(corrects, fits),
+        grad_gen_dtype=grad_gen_dtype,
+        **asked.options,
+    )
+    loss_fake, loss_correction = _note(inputs, terms, fake, correction, stats)
+    return _Known(grad_gen, loss_correction) if corrects else None, _Known(grad_shift, loss_fake) if fits else None
+
+
+def _roots(
+    asked: _Asked, of_generator: _Known | None, of_shifted: _Known | None
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Where a backward starts, and with which gradients."""
+    pairs = ((asked.v_gen, of_generator), (asked.v_shift, of_shifted))
+    return [(velocity, known.gradient) for velocity, known in pairs if known is not None]
+
+
+def _hands_over(backward: Backward) -> bool:
+    """Whether a schedule runs the backward itself, so that known gradients go into the network as they are. A caller's
+    own ``backward`` may scale the loss and does what else its trainer needs, so it is always given one."""
+    return backward is Tensor.backward
+
+
+def _drive(backward: Backward, velocity: Tensor, known: _Known) -> None:
+    """The backward behind ``velocity``, which gets the gradient that is known."""
+    if _hands_over(backward):
+        torch.autograd.backward(velocity, known.gradient)
+    else:
+        backward(KnownGradient.apply(known.loss, velocity, known.gradient))
+
+
+class KnownGradient(torch.autograd.Function):
+    """``loss`` as a function of ``velocity`` whose derivative is ``gradient``; the velocity is not read."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, velocity: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = velocity.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, (gradient * scale).to(ctx.dtype), None
 
 
 # ---- what the phases need

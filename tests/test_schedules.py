@@ -185,6 +185,36 @@ def test_an_unknown_schedule_is_refused():
         objective().backward(network(), x, condition, step=0, schedule="parallel")
 
 
+@pytest.mark.parametrize("settings", [{}, {"fake_weight": 0.0}, {"warmup_steps": 3}, {"guidance_scale": 2.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_callers_backward_gets_the_gradients_of_the_schedules_own(schedule, dtype, settings):
+    """Gradients that are handed over, that go through a loss and that are recomputed are equal to rounding."""
+    model = network(dtype=dtype, width=32)
+    x, condition = batch(dtype)
+    apex = objective(**settings)
+    arguments = {"draws": apex.draw(x, torch.Generator().manual_seed(0)), "schedule": schedule}
+    if "guidance_scale" in settings:
+        arguments["negative_condition"] = torch.zeros(1, 3, dtype=dtype)
+    own = apex.backward(model, x, condition, step=0, **arguments)
+    wanted = gradients(model)
+    assert any(bool(gradient.any()) for gradient in wanted)
+    seen = []
+
+    def backward(loss: Tensor) -> None:
+        seen.append(loss.detach())
+        loss.backward()
+
+    callers = apex.backward(model, x, condition, step=0, backward=backward, **arguments)
+    for name in ("total", "fake", "correction", "supervised"):
+        assert torch.equal(getattr(own, name), getattr(callers, name))
+    # What the caller's backward is given are the terms of the total.
+    torch.testing.assert_close(sum(seen), own.total)
+    for found, want in zip(gradients(model), wanted, strict=True):
+        rounding = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
+        assert (found - want).norm() <= rounding * want.norm()
+
+
 # ---- random state
 
 
@@ -293,6 +323,29 @@ def test_a_loss_scale_reaches_half_gradients_before_they_are_rounded(schedule):
     )
     wanted = scale * 1e-3 * 2 * 0.5 / elements
     torch.testing.assert_close(weight.grad, torch.full((elements,), wanted), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["retain", "sequential"])
+def test_a_loss_scale_reaches_half_gradients_of_the_shifted_branch_too(schedule):
+    elements, scale = 8192, 2.0**16
+    weight = nn.Parameter(torch.zeros(elements))
+    generator = lambda x_t, t, condition: torch.zeros_like(x_t, dtype=torch.float16)  # noqa: E731
+    shifted = lambda x_t, t, condition: (weight.half() + 0).expand_as(x_t)  # noqa: E731
+    apex = objective(fake_weight=1e-3, supervised_weight=0.0, correction_weight=0.0)
+    x = torch.zeros(1, elements)
+    draws = apex.draw(x, torch.Generator().manual_seed(0))
+    apex.backward(
+        Velocities(generator, shifted, generator),
+        x,
+        torch.zeros(1, 1),
+        step=0,
+        schedule=schedule,
+        draws=draws,
+        backward=lambda loss: (scale * loss).backward(),
+    )
+    # A generator that answers 0 leaves its noise as it is.
+    target = draws.z_query - draws.z
+    torch.testing.assert_close(weight.grad, scale * 1e-3 * -2 * target[0] / elements, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -470,15 +523,27 @@ def test_every_schedule_runs_the_ops(schedule):
             objective()(model, x, condition, step=0).total.backward()
         else:
             objective().backward(model, x, condition, step=0, schedule=schedule)
+    # A schedule that runs its backward knows the weights of the losses; a caller of objective() may change them.
+    two_passes = {"shifted_velocity_loss", "shifted_velocity_loss_backward"}
+    one_pass = {"shifted_velocity_loss_with_gradients"}
     assert seen.names >= {
         "condition_shift",
         "interpolate",
         "renoise",
-        "shifted_velocity_loss",
-        "shifted_velocity_loss_backward",
         "mixed_velocity_loss",
         "mixed_velocity_loss_backward",
-    }
+    } | (two_passes if schedule is None else one_pass)
+    assert not seen.names & (one_pass if schedule is None else two_passes)
+
+
+@pytest.mark.parametrize(("schedule", "one_pass"), [("joint", False), ("retain", False), ("sequential", True)])
+def test_one_pass_runs_under_a_callers_backward_where_it_wins(schedule, one_pass):
+    model = network()
+    x, condition = batch()
+    with OpsSeen() as seen:
+        objective().backward(model, x, condition, step=0, schedule=schedule, backward=lambda loss: loss.backward())
+    assert ("shifted_velocity_loss_with_gradients" in seen.names) == one_pass
+    assert ("shifted_velocity_loss" in seen.names) == (not one_pass)
 
 
 @pytest.mark.parametrize("detached", [False, True])
