@@ -22,7 +22,7 @@ help:
 	@echo 'make test-long   tests that train for many minutes'
 	@echo 'make test-slow   tests that install the package into fresh environments'
 	@echo 'make lint        ruff and clang-format'
-	@echo 'make bench       benchmarks of the ops on this CPU'
+	@echo 'make bench       benchmarks of ops, steps and sampling on this CPU (an hour); BENCH_ARGS="--suite step --quick"'
 	@echo 'make cuda-check  compile the CUDA sources; needs nvcc, no GPU'
 	@echo 'make sanitize    compute-sanitizer over the CUDA tests; needs a GPU and the CUDA toolkit'
 	@echo 'make setup       only the set-up that all of these share'
@@ -68,8 +68,9 @@ lint: $(READY)
 	@$(BIN)/clang-format --version
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
+BENCH_ARGS ?=
 bench: $(READY)
-	$(BIN)/python benchmarks/run.py --suite ops --device cpu --json benchmarks/results/latest-cpu.json
+	$(BIN)/python benchmarks/run.py --suite all --device cpu --json runs/benchmarks/cpu.json $(BENCH_ARGS)
 
 cuda-check: $(READY)
 	@set -- $$($(BIN)/python -c 'import torch, pybind11; print(torch.__path__[0], torch.__version__, pybind11.get_cmake_dir())') && \

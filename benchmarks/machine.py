@@ -23,8 +23,8 @@ class CopyProbe:
     Bandwidths count every byte read and every byte written once, as the bytes of the ops are counted.
     """
 
-    def __init__(self, tensor_bytes: int) -> None:
-        self.source = torch.zeros(tensor_bytes // 4)
+    def __init__(self, tensor_bytes: int, device: str = "cpu") -> None:
+        self.source = torch.zeros(tensor_bytes // 4, device=device)
         self.destination = torch.empty_like(self.source)
 
     @property
@@ -45,22 +45,34 @@ def last_level_cache_bytes() -> int:
     return max(sizes)
 
 
-def beyond_cache_bytes() -> int:
-    """Bytes of one tensor of a case beyond the cache: 1.5 times the last-level cache, at least 48 MiB.
+def beyond_cache_bytes(device: str = "cpu") -> int:
+    """Bytes of one tensor of a case beyond the cache: 1.5 times the last-level cache, at least 48 MiB. On a GPU 128
+    MiB, 64M elements in half precision.
 
     The smallest problem (condition_shift, one tensor in and one out) and the copy then span three times the cache, and
     plain torch on a half type, which holds a dozen fp32 copies of it, stays within 2 GB on a usual machine.
     """
+    if device == "cuda":
+        return 128 * MIB
     return max(48 * MIB, 3 * last_level_cache_bytes() // 2)
 
 
-def matmul_tflops(size: int) -> float:
-    """Best rate of a fp32 product of two square matrices, in 10^12 multiplications and additions per second."""
-    a, b = torch.randn(2, size, size)
+def synchronise(device: str) -> None:
+    """Waits until ``device`` has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_tflops(size: int, device: str = "cpu") -> float:
+    """Best rate of a product of two square matrices, in 10^12 multiplications and additions per second: fp32 on a CPU,
+    bf16 on a GPU."""
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     times = []
     for _ in range(4):
+        synchronise(device)
         start = time.perf_counter()
         torch.mm(a, b)
+        synchronise(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times) / 1e12
 
@@ -91,14 +103,23 @@ def load_average() -> float:
     return os.getloadavg()[0]
 
 
-def header(*, threads: int, allocator: str, quick: bool) -> dict[str, Any]:
+def nvidia_driver() -> str | None:
+    """Version of the driver; None where its tool is not there to ask."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def header(*, threads: int, allocator: str, quick: bool, device: str = "cpu") -> dict[str, Any]:
     """Everything but ``copy_gbps``, which the suites measure between their calls."""
     import apex_fast
 
     return {
-        "device": cpu_model(),
-        "device_type": "cpu",
-        "driver": None,
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "device_type": device,
+        "driver": nvidia_driver() if device == "cuda" else None,
         "cores": os.cpu_count(),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "isa": torch.ops.apex_fast.cpu_isa(),
@@ -112,5 +133,5 @@ def header(*, threads: int, allocator: str, quick: bool) -> dict[str, Any]:
         "quick": quick,
         "load_average": round(load_average(), 2),
         "copy_gbps": None,
-        "matmul_tflops": round(matmul_tflops(256 if quick else 2048), 4),
+        "matmul_tflops": round(matmul_tflops(256 if quick else 8192 if device == "cuda" else 2048, device), 4),
     }

@@ -36,7 +36,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A quick run of everything in fp32: its JSON and what it printed."""
+    """A quick run of the ops in fp32: its JSON and what it printed."""
     path = tmp_path_factory.mktemp("benchmark") / "deeper" / "quick.json"
     done = _run(
         "--suite", "ops", "--device", "cpu", "--dtype", "fp32", "--quick",
@@ -57,7 +57,7 @@ def test_quick_run_writes_the_layout(quick):
     assert document["header"]["threads"] == 1
     assert document["header"]["copy_gbps"] > 0 and document["header"]["matmul_tflops"] > 0
     assert document["header"]["isa"] in ("default", "avx2", "avx512")
-    for row in document["rows"]:
+    for row in _of_ops(document):
         assert {
             "suite", "case", "provider", "mode", "dtype", "shape", "p20_ms", "p50_ms", "p80_ms", "gbps",
             "fraction_of_copy", "extra_bytes", "minimum_extra_bytes", "ratio_to_eager", "ratio_to_compile",
@@ -69,23 +69,32 @@ def test_quick_run_writes_the_layout(quick):
         assert row["ratio_to_compile"] is None
 
 
+def _of_ops(document: dict) -> list[dict]:
+    """Rows of single ops; those of fusions are looked at in test_benchmarks_fusions.py."""
+    return [row for row in document["rows"] if row["case"] in CASES]
+
+
 def test_quick_run_has_every_op_in_both_modes_and_sizes(quick):
-    rows = json.loads(quick[0].read_text())["rows"]
+    rows = _of_ops(json.loads(quick[0].read_text()))
     found = {(row["case"], row["mode"], row["size"], row["provider"]) for row in rows}
     assert found == {
         (case, mode, size, provider)
         for case in CASES
-        for mode in ("forward", "forward_backward")
+        for mode in CASES[case].modes
         for size in ("latent", "beyond_cache")
         for provider in ("eager", "apex_fast")
     }
     assert {case.op for case in CASES.values()} == {
         "condition_shift", "interpolate", "renoise", "shifted_velocity_loss", "mixed_velocity_loss", "sampler_step",
+        "shifted_velocity_loss_with_gradients", "condition_shift_rms_norm", "projected_condition_shift",
+        "modulated_layer_norm",
     }  # fmt: skip
+    assert CASES["shifted_velocity_loss_with_gradients"].modes == ("forward",)
+    assert all(case.modes == ops_cases.MODES for case in CASES.values() if "with_gradients" not in case.name)
 
 
 def test_quick_run_ratios_are_those_of_its_medians(quick):
-    rows = json.loads(quick[0].read_text())["rows"]
+    rows = _of_ops(json.loads(quick[0].read_text()))
     for eager, fused in zip(rows[::2], rows[1::2], strict=True):
         assert (eager["provider"], fused["provider"]) == ("eager", "apex_fast")
         assert eager["ratio_to_eager"] == 1
@@ -126,12 +135,25 @@ def test_compare_with_an_earlier_run(quick, tmp_path):
         (["--providers", "eager,triton"], "no provider 'triton'"),
         (["--only", "renois3"], "no case contains 'renois3'"),
         (["--threads", "0"], "expected at least 1"),
+        (["--suite", "step", "--only", "renoise"], "there are sana small, qwen_image small"),
     ],
 )
 def test_arguments_are_checked(arguments, message, capsys):
     with pytest.raises(SystemExit):
         run.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--device", "cuda"])
+    assert "finds no CUDA device here" in capsys.readouterr().err
+
+
+def test_plots_are_written_beside_the_json(quick):
+    assert quick[0].with_name("quick-ops.png").stat().st_size > 10_000
+    assert "quick-ops.png" in quick[1]
 
 
 # ---- bytes
@@ -151,6 +173,11 @@ def test_arguments_are_checked(arguments, message, capsys):
         ("mixed_velocity_loss[v_fake]", "(4N and 5N with ``v_fake``)", 4, 5),
         ("sampler_step", "Moves 3N bytes", 3, 2),
         ("sampler_step[guided,noised]", "and N for each of ``noise`` and ``v_uncond``", 5, 3),
+        ("shifted_velocity_loss_with_gradients", "Moves 5N bytes (6N with ``v_uncond``)", 5, None),
+        ("shifted_velocity_loss_with_gradients[v_uncond]", "Moves 5N bytes (6N with ``v_uncond``)", 6, None),
+        ("condition_shift_rms_norm", "Moves 3N bytes forward for both outputs", 3, 3),
+        ("projected_condition_shift", "Moves 3N bytes forward for both outputs", 3, 3),
+        ("modulated_layer_norm", "Moves 2N bytes forward and 3N backward", 2, 3),
     ],
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -158,12 +185,14 @@ def test_bytes_are_those_of_the_docstrings(name, sentence, forward, backward, dt
     """Backward reads the gradient of each result, what it needs of the operands, and writes the gradients asked for."""
     case = CASES[name]
     assert sentence in " ".join(getattr(apex_fast.ops, case.op).__doc__.split())
-    shape = [2, 128, 2304] if case.op == "condition_shift" else [2, 4, 32, 32]
+    shape = [2, 4, 32, 32] if case.shape == "latent" else [2, 128, 2304]
     operands = ops_cases.make_operands(case, shape, ops_cases.DTYPES[dtype])
     velocity = math.prod(shape) * ops_cases.DTYPES[dtype].itemsize
     results = ops_cases.run(case.plain, case, operands, None)
     once = ops_cases.minimum_bytes(case, operands, results, None) / velocity
     assert once == pytest.approx(forward, abs=0.05)
+    if backward is None:
+        return
     upstream = ops_cases.make_upstream(results, shape)
     results = ops_cases.run(case.plain, case, operands, upstream)
     both = ops_cases.minimum_bytes(case, operands, results, upstream) / velocity
@@ -192,14 +221,14 @@ def _results(case, dtype, upstream_wanted=True, tiny=True):
 @pytest.mark.parametrize("dtype", ops_cases.DTYPES.values())
 @pytest.mark.parametrize("name", CASES)
 def test_formulas_agree_with_the_fp64_twins(name, dtype):
-    operands, upstream, plain = _results(CASES[name], dtype)
+    operands, upstream, plain = _results(CASES[name], dtype, bool(CASES[name].gradients))
     assert ops_cases.disagreements(CASES[name], operands, upstream, {"eager": plain}) == {}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_result_is_found(name):
     case = CASES[name]
-    operands, upstream, plain = _results(case, torch.float32)
+    operands, upstream, plain = _results(case, torch.float32, bool(case.gradients))
     for k in range(len(plain)):
         for damage in (
             lambda r: r * 1.001,
@@ -324,6 +353,7 @@ def test_gates_of_a_busy_machine_say_so():
 )
 def test_exit_code(passed, error, options, code, monkeypatch, capsys):
     result = report.SuiteResult([_row(error=error)], [report.Gate("speed", "at least 4x", "2x", passed)])
+    monkeypatch.setattr(run, "_copy_gbps", lambda options: 1.0)
     monkeypatch.setattr(run.ops, "run_suite", lambda *arguments: result)
     monkeypatch.setattr(run, "keep_freed_memory", lambda: "untouched")
     assert run.main(["--quick", *options]) == code
@@ -361,7 +391,7 @@ def test_a_report_reads_back_and_later_fields_are_left_alone(tmp_path):
     path = tmp_path / "report.json"
     report.write_json(path, {"torch": "2"}, [_row()], [report.Gate("g", "l", "m", None)])
     document = json.loads(path.read_text())
-    document["rows"][0]["peak_over_flow_matching"] = 1.1
+    document["rows"][0]["a_field_to_come"] = 1.1
     path.write_text(json.dumps(document))
     assert report.read_json(path) == ({"torch": "2"}, [_row()])
 
@@ -386,10 +416,13 @@ def test_peak_memory_counts_temporaries_and_results():
 def test_interleave_runs_all_calls_in_turn():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    timings = timing.interleave(calls, rounds=3, block_ms=0.0)
+    timings = timing.interleave(calls, rounds=3, block_ms=1e-9)
     assert {name: len(t.samples) for name, t in timings.items()} == dict.fromkeys("abc", 3)
     turns = "".join(order)[-18:]  # behind the warm-up; each block is an untimed call and a timed one
     assert turns == "aabbcc" + "bbccaa" + "ccaabb"
+    order.clear()
+    timing.interleave(calls, rounds=2, block_ms=0.0, warm_up=1)
+    assert "".join(order) == "abc" + "abc" + "bca"  # long calls: one to warm up, and every other one is timed
 
 
 def test_quantiles_are_the_usual_ones():

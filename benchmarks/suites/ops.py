@@ -1,4 +1,5 @@
-"""Suite ``ops``: every op forward and forward + backward, beside plain torch and ``torch.compile`` of the same.
+"""Suite ``ops``: every op forward and forward + backward, beside plain torch and ``torch.compile`` of the same; and the
+fusions (:mod:`benchmarks.suites.fusions`), beside the modules that they stand in for.
 
 All providers deliver the same results from the same operands: where an op returns statistics, so do the others. They
 are checked against the op's fp64 twin before anything is timed, and a provider that is wrong gets no time.
@@ -20,10 +21,10 @@ from ..allocator import release, touch
 from ..machine import CopyProbe
 from ..report import Gate, Row, SuiteResult, add_ratios
 from ..timing import Timing, interleave, peak_extra_bytes
+from . import fusions
 from .ops_cases import (
     CASES,
     DTYPES,
-    MODES,
     Case,
     Results,
     disagreements,
@@ -46,6 +47,7 @@ class Settings:
     only: str = ""
     quick: bool = False
     beyond_cache_bytes: int = 48 << 20
+    device: str = "cpu"
 
     @property
     def rounds(self) -> int:
@@ -72,12 +74,13 @@ def run_suite(settings: Settings, header: dict[str, Any], probe: CopyProbe) -> S
                     continue
                 tensor_bytes = settings.beyond_cache_bytes if size == "beyond_cache" else None
                 shape = shape_of(case, tensor_bytes, DTYPES[dtype], settings.quick)
-                operands = make_operands(case, shape, DTYPES[dtype])
-                for mode in MODES:
+                operands = make_operands(case, shape, DTYPES[dtype], device=settings.device)
+                for mode in case.modes:
                     print(f"{case.name} {mode} {dtype} {shape}", file=sys.stderr, flush=True)
                     measured, copy = _measure(case, mode, dtype, size, operands, shape, settings, probe)
                     rows += measured
                     copies += copy
+        rows += fusions.run_suite(settings, dtype)
     header["copy_gbps"] = statistics.median(copies) if copies else None
     return SuiteResult(rows, judge(rows, header))
 
@@ -128,10 +131,12 @@ def _measure(
     results.clear()
 
     timed = {provider: call for provider, call in calls.items() if provider not in wrong}
-    extra = {provider: peak_extra_bytes(call) for provider, call in timed.items()}
+    extra = {provider: peak_extra_bytes(call, settings.device) for provider, call in timed.items()}
     release()
     touch(max(extra.values(), default=0) * 5 // 4)
-    timings = interleave({**timed, "copy": probe}, rounds=settings.rounds, block_ms=settings.block_ms)
+    timings = interleave(
+        {**timed, "copy": probe}, rounds=settings.rounds, block_ms=settings.block_ms, device=settings.device
+    )
     copy_gbps = probe.moved_bytes / timings["copy"].p50 / 1e6
     rows = []
     for provider in settings.providers:

@@ -23,8 +23,10 @@ Function = Callable[..., Any]
 #: Width of the text embeddings in the condition cases, and their tokens at training size: SANA's.
 TEXT_WIDTH, TEXT_TOKENS = 2304, 300
 
+#: Width of the hidden state in the case of a final norm, and its tokens: a quarter of Qwen-Image's at 1024 pixels.
+HIDDEN_WIDTH, HIDDEN_TOKENS = 3072, 1024
+
 _TIMES = ("s", "t", "t_next")
-_PARAMETERS = ("scale", "bias")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Case:
         forward_reads: those that it must read forward.
         backward_reads: those that it must read again backward, beside the gradients of its results.
         gradients: those that get a gradient in ``forward_backward``.
+        parameters: operands without a batch, whose gradients are sums over it.
+        shape: ``latent`` [B, C, h, w], ``text`` [B, tokens, D] or ``hidden`` [B, tokens, D].
         settings: numbers that the op takes.
         formula: the same in plain torch.
         results: how many of the op's results are compared; all by default.
@@ -52,6 +56,13 @@ class Case:
     variant: str = ""
     settings: dict[str, float] = field(default_factory=dict)
     results: int | None = None
+    parameters: tuple[str, ...] = ()
+    shape: str = "latent"
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """An op that returns its gradients has no backward."""
+        return MODES if self.gradients else MODES[:1]
 
     @property
     def name(self) -> str:
@@ -123,6 +134,22 @@ def _condition(variant: str, operands: tuple[str, ...], gradients: tuple[str, ..
         gradients=gradients,
         formula=plain_torch.condition_shift,
         variant=variant,
+        parameters=("scale", "bias"),
+        shape="text",
+    )
+
+
+def _with_gradients(variant: str, guided: bool) -> Case:
+    reads = ("v_shift", "v_real", "target", *(("v_uncond",) if guided else ()), "weight_fake", "weight_correction")
+    return Case(
+        "shifted_velocity_loss_with_gradients",
+        reads,
+        forward_reads=reads,
+        backward_reads=(),
+        gradients=(),
+        formula=plain_torch.shifted_velocity_loss_with_gradients,
+        variant=variant,
+        settings={"guidance_scale": 4.5 if guided else 1.0, "clip": 1.0},
     )
 
 
@@ -150,11 +177,46 @@ CASES = (
     _shifted("v_uncond", True, plain_torch.shifted_velocity_loss),
     # The op cannot leave its statistics out. Who does without them compares with this.
     _shifted("without stats", False, plain_torch.shifted_velocity_losses, results=2),
+    _with_gradients("", False),
+    _with_gradients("v_uncond", True),
     _mixed("", False),
     _mixed("v_fake", True),
     # Euler's gradient to x is the gradient it was given: plain torch hands that on as it is and has nothing to compute.
     _sampler("", (), ("velocity",), {}),
     _sampler("guided,noised", ("noise", "v_uncond"), ("x", "velocity"), {"guidance_scale": 4.5, "stochasticity": 0.5}),
+    # Rows of a text path and of a velocity head. What they save inside a network: suites/fusions.py.
+    Case(
+        "condition_shift_rms_norm",
+        ("condition", "scale", "bias", "weight"),
+        forward_reads=("condition", "scale", "bias", "weight"),
+        backward_reads=("condition", "scale", "bias", "weight"),
+        gradients=("scale", "bias", "weight"),
+        formula=plain_torch.condition_shift_rms_norm,
+        settings={"eps": 1e-6},
+        parameters=("scale", "bias", "weight"),
+        shape="text",
+    ),
+    Case(
+        "projected_condition_shift",
+        ("projected", "scale", "bias", "row_sums", "linear_bias"),
+        forward_reads=("projected", "scale", "bias", "row_sums", "linear_bias"),
+        backward_reads=("scale", "bias"),
+        gradients=("projected", "row_sums", "linear_bias"),
+        formula=plain_torch.projected_condition_shift,
+        parameters=("scale", "bias", "row_sums", "linear_bias"),
+        shape="text",
+    ),
+    Case(
+        "modulated_layer_norm",
+        ("hidden", "scale", "shift"),
+        forward_reads=("hidden", "scale", "shift"),
+        backward_reads=("hidden", "scale"),
+        gradients=("hidden", "scale", "shift"),
+        formula=plain_torch.modulated_layer_norm,
+        settings={"eps": 1e-6},
+        results=1,
+        shape="hidden",
+    ),
 )
 
 
@@ -163,19 +225,28 @@ CASES = (
 
 def shape_of(case: Case, tensor_bytes: int | None, dtype: torch.dtype, tiny: bool) -> list[int]:
     """Shape of a case's large tensors: of ``tensor_bytes`` each, or with None the size that is met in training."""
-    text = case.op == "condition_shift"
+    rows = case.shape != "latent"
     scale = 2 if tensor_bytes else 1
     if tiny:
-        return [2, 7 * scale, 64] if text else [2, 4 * scale, 16, 16]
+        return [2, 7 * scale, 64] if rows else [2, 4 * scale, 16, 16]
+    text = case.shape == "text"
+    batch, tokens, width = (8, TEXT_TOKENS, TEXT_WIDTH) if text else (2, HIDDEN_TOKENS, HIDDEN_WIDTH)
     if tensor_bytes is None:
-        return [8, TEXT_TOKENS, TEXT_WIDTH] if text else [8, 16, 128, 128]
+        return [batch, tokens, width] if rows else [8, 16, 128, 128]
     elements = tensor_bytes // dtype.itemsize
-    return [8, elements // (8 * TEXT_WIDTH), TEXT_WIDTH] if text else [8, 16, elements // (8 * 16 * 512), 512]
+    return [batch, elements // (batch * width), width] if rows else [8, 16, elements // (8 * 16 * 512), 512]
 
 
-def make_operands(case: Case, shape: list[int], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """Operands of a case. Times and the parameters of the shift are fp32, as in training; the rest is ``dtype``."""
+def make_operands(
+    case: Case, shape: list[int], dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Operands of a case. Times, weights of losses and the parameters of the shift are fp32, as in training; the rest
+    is ``dtype``. The numbers are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
+    width = shape[-1]
+
+    def around(centre: float, *sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator) * 0.1 + centre
 
     def near(centre: Tensor | float, spread: float) -> Tensor:
         return (torch.randn(shape, generator=generator).mul_(spread) + centre).to(dtype)
@@ -185,20 +256,30 @@ def make_operands(case: Case, shape: list[int], dtype: torch.dtype, seed: int = 
     for name in case.operands:
         if name in _TIMES:
             made[name] = torch.rand(shape[0], generator=generator)
-        elif name in _PARAMETERS:
+        elif name in ("weight_fake", "weight_correction"):
+            made[name] = (torch.rand(shape[0], generator=generator) + 0.5) * _per_element(shape)
+        elif name in ("scale", "bias") and name in case.parameters:
             centre = {"scale": -1.0, "bias": 0.5}[name]
-            diagonal = "diagonal" in case.variant
-            made[name] = (
-                torch.randn(shape[-1], generator=generator) * 0.1 + centre if diagonal else torch.tensor(centre)
-            )
+            made[name] = around(centre, width) if "diagonal" in case.variant else torch.tensor(centre)
+        elif name in ("weight", "linear_bias"):
+            made[name] = around(1.0, width).to(dtype)
+        elif name == "row_sums":
+            made[name] = around(1.0, width)
+        elif name in ("scale", "shift"):
+            made[name] = around(0.5, shape[0], width).to(dtype)
         elif name == "mask":
             made[name] = torch.rand(shape[:-1], generator=generator) < 0.75
-        elif name == "condition":
+        elif name in ("condition", "projected"):
             made[name] = near(0.5, 1.0)
         else:
             # Velocities around a common one, so that the clip at 1 acts on some elements and not on most.
             made[name] = near(data, 0.6)
-    return {name: tensor.requires_grad_(name in case.gradients) for name, tensor in made.items()}
+    return {name: tensor.to(device).requires_grad_(name in case.gradients) for name, tensor in made.items()}
+
+
+def _per_element(shape: list[int]) -> float:
+    """A weight of a mean per sample that makes the gradients of its elements about 1."""
+    return torch.Size(shape).numel() / shape[0] / 2
 
 
 def make_upstream(results: Results, shape: list[int], seed: int = 1) -> list[Tensor | None]:
@@ -213,9 +294,9 @@ def make_upstream(results: Results, shape: list[int], seed: int = 1) -> list[Ten
         if result.shape == (shape[0], 7):
             upstream.append(None)
             continue
-        scale = elements / shape[0] / 2 if result.dim() == 1 else 4 * elements**-0.5
+        scale = _per_element(shape) if result.dim() == 1 else 4 * elements**-0.5
         values = (torch.rand(result.shape, generator=generator) + 0.5) * scale
-        upstream.append(values.to(result.dtype))
+        upstream.append(values.to(result.device, result.dtype))
     return upstream
 
 
@@ -263,9 +344,9 @@ def disagreements(
     of parameters, which have no batch, are sums over the samples.
     """
     first = next(iter(candidates.values()))
-    dtype = next(t.dtype for name, t in operands.items() if name not in _TIMES + _PARAMETERS + ("mask",))
+    dtype = operands[_velocity_of(case)].dtype
     outputs = len(first) - (len(case.gradients) if upstream else 0)
-    summed = [k for k in range(outputs, len(first)) if case.gradients[k - outputs] in _PARAMETERS]
+    summed = [k for k in range(outputs, len(first)) if case.gradients[k - outputs] in case.parameters]
     sums: dict[int, Tensor] = {}
     largest = [0.0] * len(first)
     errors = {name: [0.0] * len(first) for name in candidates}
@@ -282,7 +363,7 @@ def disagreements(
 
     for b in range(first[0].shape[0]):
         sample = {
-            name: _double(t if name in _PARAMETERS else t[b : b + 1], name in case.gradients)
+            name: _double(t if name in case.parameters else t[b : b + 1], name in case.gradients)
             for name, t in operands.items()
         }
         slices = None if upstream is None else [None if g is None else g[b : b + 1].double() for g in upstream]
@@ -306,6 +387,11 @@ def disagreements(
                     f" (allowed: {TOLERANCE[dtype]:g} of that)"
                 )
     return found
+
+
+def _velocity_of(case: Case) -> str:
+    """An operand with the dtype of the case."""
+    return next(name for name in case.operands if name not in (*_TIMES, *case.parameters))
 
 
 def _double(tensor: Tensor, gradient: bool) -> Tensor:

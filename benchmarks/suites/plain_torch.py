@@ -1,4 +1,4 @@
-"""The six ops as plain torch formulas: what providers ``eager`` and ``compile`` run.
+"""The ops as plain torch formulas: what providers ``eager`` and ``compile`` run.
 
 Written as a user would who knows torch well, with the forms that were fastest of those that fit on a line: ``lerp`` and
 ``addcmul`` where the textbook formula has three temporaries, ``mse_loss`` (its difference and square are one kernel,
@@ -94,6 +94,27 @@ def shifted_velocity_loss(
     return fake, correction, stats
 
 
+def shifted_velocity_loss_with_gradients(
+    v_shift: Tensor,
+    v_real: Tensor,
+    target: Tensor,
+    weight_fake: Tensor,
+    weight_correction: Tensor,
+    v_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses and statistics as above, and the two gradients written down instead of left to autograd."""
+    losses = shifted_velocity_loss(v_shift, v_shift, v_real, target, v_uncond, guidance_scale, clip)
+    shift, guided = v_shift.float(), v_real.float()
+    if v_uncond is not None:
+        guided = torch.lerp(v_uncond.float(), guided, guidance_scale)
+    factor = 2 / v_shift[0].numel()
+    grad_gen = (shift - guided).clamp_(-clip, clip).mul_(_per_sample(weight_correction * factor, shift))
+    grad_shift = (shift - target.float()).mul_(_per_sample(weight_fake * factor, shift))
+    return *losses, grad_gen.to(v_shift.dtype), grad_shift.to(v_shift.dtype)
+
+
 def mixed_velocity_loss(
     velocity: Tensor, x: Tensor, z: Tensor, v_fake: Tensor | None = None, mix_weight: float = 0.0
 ) -> Tensor:
@@ -124,3 +145,26 @@ def sampler_step(
     step = (1 - following + following * keep) * x.float()
     step = torch.addcmul(step, velocity.float(), following * keep * (1 - now) - (1 - following) * now)
     return torch.addcmul(step, noise.float(), following * stochasticity**0.5).to(x.dtype)
+
+
+def condition_shift_rms_norm(
+    condition: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    values = condition.float()
+    shifted = torch.addcmul(bias, values, scale) if scale.dim() else scale * values + bias
+    norms = [functional.rms_norm(v, v.shape[-1:], weight.float(), eps) for v in (values, shifted)]
+    return norms[0].to(condition.dtype), norms[1].to(condition.dtype)
+
+
+def projected_condition_shift(
+    projected: Tensor, scale: Tensor, bias: Tensor, row_sums: Tensor, linear_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    values = projected.float()
+    shifted = torch.addcmul(torch.addcmul(linear_bias.float(), row_sums, bias), values, scale)
+    return (values + linear_bias.float()).to(projected.dtype), shifted.to(projected.dtype)
+
+
+def modulated_layer_norm(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    normed = functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=eps)
+    rows = (hidden.shape[0], *[1] * (hidden.dim() - 2), hidden.shape[-1])
+    return torch.addcmul(shift.float().view(rows), normed, 1 + scale.float().view(rows)).to(hidden.dtype)
