@@ -224,9 +224,24 @@ struct RowWorker {
   }
 };
 
+// Registers of a thread. A forward op that holds its rows leaves room for two blocks on a multiprocessor at 3,072
+// channels, 384 threads: one block alone waits at its barriers with nothing in flight. All others fit once.
 template <class C, class Body, bool Held>
-__global__ void __launch_bounds__(most_row_threads<C> / (Held ? 1 : 2), 1)
-    row_kernel(const __grid_constant__ RowProblem<C, Body> p) {
+constexpr int row_registers() {
+  constexpr int threads = most_row_threads<C> / (Held ? 1 : 2), fit = 65536 / threads;
+  if (Held && sizeof(C) == 4 && Body::columns == 0) return 80;
+  return fit < 255 ? fit : 255;
+}
+
+// __launch_bounds__ can ask for whole blocks of the largest size only, and nvcc before 12.4 has nothing else.
+#if !defined(__CUDACC_VER_MAJOR__) || __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+#define APEX_FAST_ROW_LIMIT(C, Body, Held) __maxnreg__((row_registers<C, Body, Held>()))
+#else
+#define APEX_FAST_ROW_LIMIT(C, Body, Held) __launch_bounds__(most_row_threads<C> / (Held ? 1 : 2), 1)
+#endif
+
+template <class C, class Body, bool Held>
+__global__ void APEX_FAST_ROW_LIMIT(C, Body, Held) row_kernel(const __grid_constant__ RowProblem<C, Body> p) {
   using Worker = RowWorker<C, Body>;
   using State = typename Body::State;
   using T = std::conditional_t<Held, C, double>;  // sums over slots of a long row go on in fp64
