@@ -144,12 +144,16 @@ def test_a_stopped_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert contents("out") == contents("whole")
 
 
-@pytest.mark.parametrize("kept", [0, 40, 400, -1])
-def test_a_damaged_picture_is_drawn_again(run: Path, kept: int) -> None:
+@pytest.mark.parametrize("kept", [0, 40, 400, -1, None])
+def test_a_damaged_picture_is_drawn_again(run: Path, kept: int | None) -> None:
+    """Cut off at many lengths, or (None) whole with one bit flipped in the middle."""
     assert generate(run, "--n", "1", "--out", "out") == 0
     before = contents("out")
     path = Path("out/00001-00.png")
-    path.write_bytes(path.read_bytes()[:kept])
+    data = bytearray(path.read_bytes())
+    if kept is None:
+        data[len(data) // 2] ^= 16
+    path.write_bytes(data[:kept])
     assert generate(run, "--n", "1", "--out", "out") == 0
     assert contents("out") == before
 

@@ -146,7 +146,7 @@ def test_compiled_refuses_and_reference_is_silent() -> None:
     "op", [*(op + suffix for op in registration.CUDA_OPS for suffix in ("", "_backward")), registration.ONE_PASS]
 )
 def test_where_a_rebuild_helps_the_command_is_named(op: str) -> None:
-    with pytest.raises(RuntimeError, match="Mend: put nvcc on PATH, then APEX_FAST_CUDA=on pip install"):
+    with pytest.raises(RuntimeError, match="Mend: build with CUDA: APEX_FAST_CUDA=on pip install"):
         registration._announce(op, "cuda", "compiled")
 
 

@@ -177,7 +177,13 @@ def _copy_parts(root: str, record: Record, folder: Path, backbone: Backbone) -> 
         hub = require("huggingface_hub", extra="train")
         parts = [*backbone.components, "tokenizer"]
         wanted = [f"{part}/{pattern}" for part in parts for pattern in COPIED]
-        place = Path(hub.snapshot_download(root, revision=record.revision, allow_patterns=[INDEX, *wanted]))
+        # Weights of a variant have a word between name and suffix, as in model.fp16.safetensors.
+        others = ["*.*.safetensors", "*.safetensors.index.*.json", "*.bin.index*.json"]
+        place = Path(
+            hub.snapshot_download(
+                root, revision=record.revision, allow_patterns=[INDEX, *wanted], ignore_patterns=others
+            )
+        )
     index = json.loads((place / INDEX).read_text(encoding="utf-8"))
     for name, entry in index.items():
         if name in (TRANSFORMER, SCHEDULER_FOLDER) or not isinstance(entry, list) or None in entry:

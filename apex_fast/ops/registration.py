@@ -41,7 +41,7 @@ def _mend(op: str, device: str) -> str:
         return "there are kernels for cpu and cuda only"
     if op.removesuffix("_backward").removesuffix("_with_gradients") not in CUDA_OPS:
         return "this version of apex_fast has no CUDA kernel of it; a later one may"
-    return "put nvcc on PATH, then APEX_FAST_CUDA=on pip install --force-reinstall --no-deps . in the source folder"
+    return "build with CUDA: APEX_FAST_CUDA=on pip install --force-reinstall --no-deps . in the source folder"
 
 
 def _announce(op: str, device: str, setting: str) -> None:

@@ -239,7 +239,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-SAMPLED_TENSORS, SAMPLED_VALUES = 16, 1 << 16
+SAMPLED_VALUES = 1 << 10
 
 
 def fingerprint(backbone: Backbone) -> str:
@@ -247,18 +247,15 @@ def fingerprint(backbone: Backbone) -> str:
 
     Of a model with a text encoder of its own: all parameters and buffers with their names. Of a pipeline, whose
     transformer may have twenty billion parameters: the configuration, every name, shape and dtype, and the first values
-    of sixteen tensors spread over the network, so an exchange of the model is noticed and a change of single weights
-    may not be.
+    of every tensor, so another model or a LoRA merged into it is noticed, and a change of single weights may not be.
     """
     if backbone.text is not None:
         return _digest(backbone.state_dict())
     transformer = backbone.transformer
     plain = {name: p for name, p in transformer.named_parameters() if type(p) is nn.Parameter and not p.is_meta}
-    names = sorted(plain)
-    chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)]
     facts = {name: [str(p.dtype), list(p.shape)] for name, p in sorted(transformer.named_parameters())}
     config = {key: value for key, value in sorted(transformer.config.items()) if not key.startswith("_")}
-    heads = {name: plain[name].detach().reshape(-1)[:SAMPLED_VALUES] for name in chosen}
+    heads = {name: plain[name].detach().reshape(-1)[:SAMPLED_VALUES] for name in sorted(plain)}
     return _digest(heads, json.dumps([config, facts], sort_keys=True, default=str))
 
 
