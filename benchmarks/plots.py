@@ -178,7 +178,7 @@ def _save(path: Path, panels: Sequence[Panel]) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         sizes = sorted({x for points in (*panel.lines.values(), floor) for x, _ in points})
-        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        axes.set_xticks(sizes, [f"{size:,g}" for size in sizes])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
