@@ -33,7 +33,7 @@ KERNELS = (
     "row_kernelIdN",
 )
 
-#: Spills on sm_100 and sm_120: gradients in fp64 of rows longer than a block holds, which no training computes.
+#: Spills: gradients in fp64 of rows longer than a block holds, which no training computes.
 SPILLS = ("row_kernel<double, RmsNormsBackward<double>, false>",)
 
 pytestmark = pytest.mark.slow

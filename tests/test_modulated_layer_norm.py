@@ -45,6 +45,21 @@ def test_every_dtype(dtype: torch.dtype) -> None:
         assert_rows_match_truth(OP, inputs)
 
 
+def test_rows_that_are_not_finite_do_not_get_finite_statistics() -> None:
+    """A variance that overflows, or an inf or NaN in the row, must not turn into a variance of zero."""
+    inputs = make_row_inputs(OP, (1, 5, 1000), dtype=F32, parameters=F32)
+    hidden = inputs[OP.rows]
+    with torch.no_grad():
+        hidden[0, 1] = 1e30 * (1 + 0.5 * hidden[0, 1].clamp(-1, 1))
+        hidden[0, 2, 5] = float("nan")
+        hidden[0, 3, 7] = float("inf")
+    found, expected = (run(function, inputs).outputs for function in (OP.dispatcher, OP.twin))
+    rows = [0, 1, 4]
+    torch.testing.assert_close(found[0][0, rows], expected[0][0, rows])
+    torch.testing.assert_close(found[2], expected[2], equal_nan=True)
+    assert found[2][0, 1] == 0 and found[2][0, 2:4].isnan().all() and found[0][0, 2:4].isnan().any()
+
+
 @every_variant
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_is_at_most_twice_as_wrong_as_the_plain_formula(dtype: torch.dtype, variant: str) -> None:

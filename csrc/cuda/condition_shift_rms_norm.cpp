@@ -40,7 +40,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> condition_shift_rms_n
   ParameterGradients<3> parameters(empty);
   if (!empty) {
     const RowTasks tasks = row_tasks(1, problem.rows, true);
-    parameters.numbers = [&](bool is_vector) { return row_partials(tasks, problem.channels, is_vector); };
+    parameters.numbers = [=, channels = problem.channels](bool is_vector) {
+      return row_partials(tasks, channels, is_vector);  // called when `tasks` is gone
+    };
     parameters.partials_type = problem.wide ? at::kDouble : at::kFloat;
   }
   const at::Tensor* const of[3] = {&scale, &bias, &weight};

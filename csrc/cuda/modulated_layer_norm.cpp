@@ -38,7 +38,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> modulated_layer_norm_backward_cud
   ParameterGradients<2> parameters(empty);
   if (!empty) {
     const RowTasks tasks = row_tasks(problem.batch, problem.rows_per_sample, true);
-    parameters.numbers = [&](bool is_vector) { return row_partials(tasks, problem.channels, is_vector); };
+    parameters.numbers = [=, channels = problem.channels](bool is_vector) {
+      return row_partials(tasks, channels, is_vector);  // called when `tasks` is gone
+    };
     parameters.partials_type = problem.wide ? at::kDouble : at::kFloat;
   }
   parameters.add(0, output_mask[1], scale, scale.scalar_type());

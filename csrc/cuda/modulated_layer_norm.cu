@@ -32,8 +32,9 @@ struct LayerNorm {
     const C distance = totals[0] * one_over_channels;
     row.mean += distance;
     if constexpr (Round == 1) {
-      const C variance = totals[1] * one_over_channels - distance * distance;
-      row.rstd = reciprocal_root((variance > C(0) ? variance : C(0)) + eps);
+      // A sum that is not finite stays so, rather than become a variance of zero.
+      const C square = totals[1] * one_over_channels, variance = square - distance * distance;
+      row.rstd = reciprocal_root((std::isfinite(square) ? (variance > C(0) ? variance : C(0)) : square) + eps);
     }
   }
   __device__ void row_done(const State& row, int64_t index) const {
