@@ -83,6 +83,7 @@ cuda-check: $(READY)
 SANITIZE ?= memcheck racecheck initcheck
 sanitize: $(READY)
 	@command -v compute-sanitizer >/dev/null || { echo 'compute-sanitizer comes with the CUDA toolkit: put its bin on PATH'; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; from apex_fast import _library as l; sys.exit(0 if torch.cuda.is_available() and l.build_module().facts()["cuda_ops"] else "no GPU, or a build without CUDA kernels: nothing would be checked")'
 	set -e; for tool in $(SANITIZE); do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 	    $(BIN)/python -m pytest -q -m cuda tests/test_cuda_ops.py -k 'dtype or layouts or backward_op or misalignment or many_dim' \

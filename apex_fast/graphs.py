@@ -138,11 +138,13 @@ class GraphedStep:
     def _capture(self, inputs: Mapping[str, Tensor]) -> None:
         self._inputs = {name: value.detach().clone() for name, value in inputs.items()}
         self._zero_grad()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 self._outputs = self._run(self._inputs)
         except RuntimeError as error:
+            # torch stays on the capture's own stream where ending the capture fails too.
+            torch.cuda.set_stream(stream)
             self._key = None
             raise RuntimeError(
                 "GraphedStep: the step cannot be captured. It must not read from the device (.item(), float(tensor), "
