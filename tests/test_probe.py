@@ -350,6 +350,51 @@ def test_check_shift_under_autocast(tmp_path_factory):
     assert line.verdict == "invisible" and "a positive scale cancels" in line.reason
 
 
+def test_what_another_prompt_does_is_what_a_loop_by_hand_finds(tmp_path_factory):
+    backbone = load_tiny("qwen_image", tmp_path_factory)
+    report = quick(backbone, scales=(-1,), biases=(0.5,), sites=("raw",), times=(0.9,), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    noise, fresh = torch.randn(2, len(PROMPTS), *shape(backbone), generator=generator)
+    condition = backbone.encode(list(PROMPTS))
+    other = condition.index([*range(1, len(PROMPTS)), 0])
+    with torch.no_grad():
+        x_fake = noise - backbone(noise, torch.ones(len(noise)), condition)
+        x_t, t = 0.9 * fresh + 0.1 * x_fake, torch.full((len(noise),), 0.9)
+        real, changed = (backbone(x_t, t, c).flatten(1) for c in (condition, other))
+    expected = ((changed - real).norm(dim=1) / real.norm(dim=1)).mean().item()
+    assert expected > 1e-4
+    assert report.other_prompt[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_collapsing_attention_is_measured_on_the_network(tmp_path_factory):
+    backbone = load_tiny("sana", tmp_path_factory)  # no norm between its projected text and the keys
+    # Nothing but the entropy may decide.
+    limits = Thresholds(destructive=1e9, blown_up=1e9)
+    report = quick(backbone, scales=(-1, 1e4), biases=(0,), sites=("projected",), times=(0.9,), thresholds=limits)
+    flat, sharp = (report.row("projected", scale, 0) for scale in (-1, 1e4))
+    assert sharp.entropy_share < limits.collapsed < 0.9 < flat.entropy_share
+    assert sharp.verdict == "destructive" and "attention collapses" in sharp.reason
+    assert flat.verdict == "visible"
+
+
+@pytest.mark.parametrize("family", ("flux", "stable_diffusion_3"))
+def test_the_reason_says_where_the_pooled_embedding_alone_carries_a_shift(family, tmp_path_factory):
+    backbone = load_tiny(family, tmp_path_factory)
+    row = quick(backbone, scales=(1,), biases=(0.5,), sites=("projected",), times=(0.9,)).rows[0]
+    assert row.verdict == "visible" and "the pooled embedding alone carries it: a bias" in row.reason
+    row = quick(backbone, scales=(-1,), biases=(0.5,), sites=("raw",), times=(0.9,)).rows[0]
+    assert "alone" not in row.reason
+
+
+def test_a_family_that_the_capture_does_not_know_is_an_error_that_leaves_no_hook(tmp_path_factory, monkeypatch):
+    backbone = load_tiny("qwen_image", tmp_path_factory)
+    before = count_hooks(backbone)
+    monkeypatch.setattr(type(backbone), "family", "mine")
+    with pytest.raises(RuntimeError, match="order the layers of mine .*capture.py"):
+        quick(backbone, scales=(-1,), biases=(0.5,))
+    assert count_hooks(backbone) == before
+
+
 # ---- verdicts
 
 
@@ -381,8 +426,13 @@ def facts(**changes: Any) -> Facts:
         ({"entropy_share": 0.01}, "destructive", "attention collapses"),
         ({"change": 0.0}, "invisible", "does not change at all"),
         ({"change": 1.4e-7}, "invisible", "only rounding"),
-        ({"change": 5e-4}, "invisible", "less than 0.1 %"),
-        ({"change": 5e-4, "cause": "why"}, "invisible", "; why"),
+        ({"change": 3e-4}, "invisible", "0.075 % of what another prompt does: less than 0.1 %"),
+        ({"change": 3e-4, "cause": "why"}, "invisible", "; why"),
+        ({"change": 9e-4, "other_prompt": None}, "invisible", "by 0.09 %: less than 0.1 %"),
+        # A network that hardly reads its prompts shows little of anything.
+        ({"change": 5e-4, "other_prompt": 1.6e-3}, "visible", "weak"),
+        ({"change": 5e-4}, "visible", "weak"),
+        ({"text_cause": "why"}, "visible", "the pooled embedding alone carries it: why"),
         ({"change": 0.014, "rounding": 0.01}, "invisible", "only rounding"),
         ({"change": 0.016, "rounding": 0.01}, "visible", "weak"),
         ({"change": 0.01}, "visible", "weak: below 2 %"),
@@ -398,6 +448,7 @@ def test_verdicts(changes, verdict, reason):
 
 def test_thresholds_are_settings():
     assert judge(facts(change=0.01), Thresholds(invisible=0.05))[0] == "invisible"
+    assert judge(facts(change=0.03), Thresholds(invisible=0.05))[0] == "visible"
     assert judge(facts(change=0.3), Thresholds(destructive=0.2, over_prompt=0.5))[0] == "destructive"
 
 

@@ -62,7 +62,7 @@ def test_a_pipeline_with_prompts_of_ones_own(pipeline, tmp_path, capsys):
     assert (found["family"], found["dtype"]) == ("qwen_image", "float32")
     assert "of batch 1" in capsys.readouterr().out
     found = probed(pipeline, "--resolution=32", "--dtype", "bf16", "--batch_size", 2, out=tmp_path / "probe.json")
-    assert found["dtype"] == "bfloat16" and len(found["prompts"]) == 4
+    assert found["dtype"] == "bfloat16" and len(found["prompts"]) == 2
 
 
 def test_a_config_brings_its_shift_size_and_prompts(pipeline, tmp_path):
@@ -111,10 +111,15 @@ def test_a_lora_run_is_probed_with_its_adapter(pipeline, tmp_path):
 def test_what_does_not_fit_is_refused(start, pipeline, tmp_path):
     empty = tmp_path / "none.txt"
     empty.write_text("\n")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("ein Käse\n".encode("latin-1"))
     new = Path(__file__).resolve().parents[1] / "examples" / "digits_start.yaml"
     for arguments, message in (
         (["digits_start", "--dtype", "bf16"], "--dtype is for a pretrained model"),
         (["digits_start", "--prompts", empty], "no line with a prompt"),
+        (["digits_start", "--prompts", tmp_path / "no.txt"], "no.txt cannot be read"),
+        (["digits_start", "--prompts", latin], "latin.txt is not UTF-8"),
+        (["digits_start", "--json", tmp_path], "--json: .* is a folder"),
         (["digits_start", "--resolution", 16], "8, 8.* pixels only"),
         (["digits_start", "--resolution", 8, 8, 8], "an edge, or height and width"),
         ([pipeline, "--resolution", 33], "--resolution: .*multiples of"),
@@ -129,6 +134,15 @@ def test_what_does_not_fit_is_refused(start, pipeline, tmp_path):
         command.main([str(tmp_path / "nothing" / "there" / "at all")])
     with pytest.raises(SystemExit):
         command.main(["digits_start", "--site", "end"])
+
+
+def test_a_pipeline_is_asked_briefly_unless_all_is_wanted(pipeline, capsys):
+    small = ("--scales", "-1e-1", "--biases", "0.5", "--sites", "raw", "--resolution", "32", "--device", "cpu")
+    assert command.main([str(pipeline), *small]) == 0
+    printed = capsys.readouterr().out
+    assert "shifts 1, times 2, prompts 2: 18 passes" in printed and "-0.1" in printed
+    assert command.main([str(pipeline), *small, "--full"]) == 0
+    assert "shifts 1, times 4, prompts 4: 68 passes" in capsys.readouterr().out
 
 
 @pytest.mark.cuda

@@ -83,7 +83,7 @@ class Order:
 
 
 def _order(family: str, layer: str, tokens: Tokens) -> Order:
-    """The order of a layer's tokens. KeyError for a layer that is not known."""
+    """The order of a layer's tokens. RuntimeError for a family that is not known."""
     kept, image = tokens.kept, tokens.image
     batch, length = kept.shape
     place = torch.arange(length, device=kept.device).expand(batch, length)
@@ -117,7 +117,10 @@ def _order(family: str, layer: str, tokens: Tokens) -> Order:
             if parts[0] == "noise_refiner":
                 return Order("image", picture, image=start)
             return Order("joint", picture + int(padded.max()), text=place.clamp(min=0) + picture, image=start)
-    raise KeyError(family)
+    raise RuntimeError(
+        f"the probe does not know in which order the layers of {family} keep the tokens of text and picture; add the "
+        "family to _order in apex_fast/probing/capture.py"
+    )
 
 
 @dataclass
@@ -197,22 +200,30 @@ class AttentionCapture(TorchFunctionMode):
         if any(getattr(module, "_compiled_call_impl", None) is not None for _, module in modules):
             # A compiled block would not call the function that is watched.
             self._eager = torch.compiler.set_stance("force_eager")
-        for name, module in modules:
-            if hasattr(module, "processor"):
-                self._watch(name, module)
-        return super().__enter__()
+        try:
+            for name, module in modules:
+                if hasattr(module, "processor"):
+                    self._watch(name, module)
+            return super().__enter__()
+        except BaseException:
+            # __exit__ is not called for what could not be entered.
+            self._release(None, None, None)
+            raise
 
     def __exit__(self, *error: Any) -> None:
         try:
             super().__exit__(*error)
         finally:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            self._running.clear()
-            if self._eager is not None:
-                self._eager.__exit__(*error)
-                self._eager = None
+            self._release(*error)
+
+    def _release(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._running.clear()
+        if self._eager is not None:
+            self._eager.__exit__(*error)
+            self._eager = None
 
     def _watch(self, name: str, module: nn.Module) -> None:
         linear: dict[str, Tensor] = {}

@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from apex_fast.backbones.base import Backbone
 from apex_fast.command import NAME
 from apex_fast.condition import Condition
-from apex_fast.probing.probe import BIASES, SCALES, TIMES, ProbeReport, probe
+from apex_fast.probing.probe import BIASES, CHECK_TIMES, SCALES, TIMES, CheckLine, ProbeReport, check_shift, probe
 from apex_fast.probing.report import as_mapping, table
 from apex_fast.shift import SITES, ConditionShift
 from apex_fast.training.checkpoint import checkpoints, load_json, load_state
@@ -34,7 +36,7 @@ from apex_fast.training.models import (
 )
 from apex_fast.training.results import INDEX, Record, find_result
 from apex_fast.training.settings import SettingsError
-from apex_fast.training.setup import load_backbone, make_trainable
+from apex_fast.training.setup import AUTOCAST, load_backbone, make_trainable
 
 PROMPTS = (
     "a photo of a red cat on a wooden chair",
@@ -43,6 +45,11 @@ PROMPTS = (
     "a portrait of a woman with glasses, oil on canvas",
 )
 """What a model is asked where nothing else is given; one with a text encoder of its own gets prompts of the digits."""
+
+PROBED_PROMPTS = 4
+"""Prompts that :func:`probe_config` asks with."""
+QUICK_PROMPTS = 2
+"""Prompts of its own that a pipeline is asked with, unless ``--full``: as many as another prompt needs."""
 
 _DESCRIPTION = """Whether a model sees a condition shift c_fake = scale * c + bias, measured before any training: for a
 grid of shifts the change in attention, keys, values and velocity, a verdict (invisible, visible, destructive) with its
@@ -57,12 +64,18 @@ def main(arguments: Sequence[str]) -> int:
         FileNotFoundError, CheckpointError: no such model, or a damaged one.
     """
     options = _parser().parse_args([_hyphens(word) for word in arguments])
+    for name in ("json", "png"):
+        # Before the passes rather than after them.
+        if (file := getattr(options, name)) is not None and file.is_dir():
+            raise SettingsError(f"--{name}: {file} is a folder; name a file in it")
     device = device_of(options.device)
     with during("loading the model"):
         subject = _load(options, device)
     prompts = _prompts(options, subject)
     condition = _encode(subject.backbone, prompts, device)
-    batch = options.batch_size or (len(prompts) if subject.backbone.text is not None else 1)
+    small = subject.backbone.text is not None
+    batch = options.batch_size or (len(prompts) if small else 1)
+    times = options.times or (TIMES if small or options.full else CHECK_TIMES)
     print(f"probing {subject.phrase} on {device}")
     try:
         with during("probing"):
@@ -74,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
                 sites=options.sites,
                 modes=options.modes,
                 shifts=subject.shifts,
-                times=options.times,
+                times=times,
                 shift_pooled=not options.no_pooled,
                 shape=subject.shape,
                 batch_size=batch,
@@ -113,7 +126,16 @@ def _parser() -> argparse.ArgumentParser:
         default=("scalar",),
         help="default scalar; a diagonal shift begins as the scalar one",
     )
-    parser.add_argument("--times", type=float, nargs="+", default=TIMES, metavar="T", help=_default(TIMES))
+    parser.add_argument(
+        "--times",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help=f"{_default(TIMES)}; of a pipeline without --full {_default(CHECK_TIMES).removeprefix('default ')}",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="ask a pipeline at all times and with four prompts instead of two"
+    )
     parser.add_argument("--no-pooled", action="store_true", help="leave pooled text embeddings as they are")
     parser.add_argument(
         "--resolution", type=int, nargs="+", metavar="PIXELS", help="edge, or height and width (default: the model's)"
@@ -138,7 +160,9 @@ def _default(values: Sequence[Any]) -> str:
 
 
 def _hyphens(word: str) -> str:
-    """``--batch_size`` as ``--batch-size``."""
+    """``--batch_size`` as ``--batch-size``, and -1e-3, which argparse takes for an option, as -0.001."""
+    if re.fullmatch(r"-[0-9.]+[eE][-+]?[0-9]+", word):
+        return format(Decimal(word), "f")
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
@@ -221,19 +245,22 @@ def _is_plain(folder: Path) -> bool:
 def _from_config(options: argparse.Namespace, device: torch.device) -> _Subject:
     """What a run of this config would start from, and its shift."""
     _refuse_dtype(options)
-    config = load_config(options.model)
+    return _subject_of(load_config(options.model), options.model, device)
+
+
+def _subject_of(config: TrainConfig, name: str, device: torch.device) -> _Subject:
     if config.pretrained_model_name_or_path is None:
         raise SettingsError(
-            f"{options.model} makes a new network, whose random weights would tell nothing; probe what its run leaves"
+            f"{name} makes a new network, whose random weights would tell nothing; probe what its run leaves"
         )
     if not is_hub_id(config.pretrained_model_name_or_path):
         _stay_offline()
     backbone = load_backbone(config, [])
     if config.start_lora is not None:
         make_trainable(config, backbone)
-    subject = _Subject(backbone, f"{config.pretrained_model_name_or_path}, from which {options.model} starts")
-    if config.mixed_precision == "bf16":
-        subject.call = Autocast(backbone, device.type, torch.bfloat16)
+    subject = _Subject(backbone, f"{config.pretrained_model_name_or_path}, from which {name} starts")
+    if config.mixed_precision != "no":
+        subject.call = Autocast(backbone, device.type, AUTOCAST[config.mixed_precision])
         subject.phrase += ", under autocast bf16"
     if backbone.text is None:
         subject.shape = backbone.latent_shape(*picture_size(config, backbone))
@@ -241,6 +268,24 @@ def _from_config(options: argparse.Namespace, device: torch.device) -> _Subject:
     if config.loss != "flow_matching":
         subject.shifts["config"] = _shift_of(config.shift, backbone)
     return subject
+
+
+def probe_config(config: TrainConfig, device: torch.device) -> CheckLine:
+    """What the network that a run would start from makes of the run's own shift, in nine passes, as the run itself asks
+    before its first step.
+
+    Raises:
+        SettingsError: a config without a model, or one that does not fit it.
+        FileNotFoundError: no such model.
+        ValueError: the probe could not say.
+    """
+    subject = _subject_of(config, "the config", device)
+    subject.backbone.eval()
+    subject.backbone.free_vae("the probe")
+    prompts = subject.prompts if len(subject.prompts) > 1 else _own_prompts(subject.backbone)
+    condition = _encode(subject.backbone, prompts[:PROBED_PROMPTS], device)
+    (shift,) = subject.shifts.values()
+    return check_shift(subject.backbone, shift.to(device), condition, shape=subject.shape, call=subject.call)
 
 
 def _from_run(options: argparse.Namespace) -> _Subject:
@@ -311,18 +356,27 @@ def _stay_offline() -> None:
 
 def _prompts(options: argparse.Namespace, subject: _Subject) -> list[str]:
     if options.prompts is not None:
-        lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise SettingsError(f"--prompts: {options.prompts} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"--prompts: {options.prompts} is not UTF-8 ({error}); save it as UTF-8") from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise SettingsError(f"--prompts: {options.prompts} has no line with a prompt")
         return found
     if len(subject.prompts) > 1:
         return subject.prompts
-    if subject.backbone.text is not None:
+    return _own_prompts(subject.backbone, options.full)
+
+
+def _own_prompts(backbone: Backbone, full: bool = True) -> list[str]:
+    if backbone.text is not None:
         from apex_fast.data.digits import all_prompts
 
         return all_prompts()[::25]  # eight digits, in different templates
-    return list(PROMPTS)
+    return list(PROMPTS if full else PROMPTS[:QUICK_PROMPTS])
 
 
 def _encode(backbone: Backbone, prompts: list[str], device: torch.device) -> Condition:

@@ -50,6 +50,7 @@ SCALES = (-1.0, -0.5, 0.5, 1.0)
 BIASES = (0.0, 0.5, 1.0)
 TIMES = (1.0, 0.9, 0.5, 0.1)
 CHECK_TIMES = (0.9, 0.5)
+"""Of :func:`check_shift`, and of a quick probe: near the noise, where the generator works, and half way."""
 _REPORT_SECONDS = 10.0
 
 
@@ -271,6 +272,7 @@ def probe(
                 common_share=row.common_share,
                 entropy_share=row.entropy_share,
                 cause=_cause(backbone, shift, pooled),
+                text_cause=_cause(backbone, shift, pooled=False),
             ),
             thresholds,
         )
@@ -403,7 +405,7 @@ class _Run:
         self.others = condition.index(order) if self.samples > 1 else None
         self.dtype = torch.float32
         self.passes = self.passes_done = self.held_bytes = 0
-        self.said = 0.0
+        self.begun = self.said = 0.0
         self.rounding = [0.0 for _ in self.times]
         self.other_prompt = None if self.others is None else [0.0 for _ in self.times]
         self.velocities: list[list[list[float]]] = []
@@ -418,7 +420,7 @@ class _Run:
         self.passes = batches * (1 + len(self.times) * each)
         count = f"shifts {len(shifts)}, times {len(self.times)}, prompts {self.samples}"
         self.say(f"{count}: {self.passes} passes of batch {self.batch}, without gradient")
-        self.said = time.monotonic()
+        self.begun = self.said = time.monotonic()
         with _evaluating(self.backbone):
             for first in range(0, self.samples, self.batch):
                 here = slice(first, first + self.batch)
@@ -451,7 +453,9 @@ class _Run:
             for k, value in enumerate(measures.velocity_change(real, shifted)):
                 self.velocities[j][i][k] += value.sum().item()
             if time.monotonic() - self.said > _REPORT_SECONDS:
-                self.say(f"probing: pass {self.passes_done} of {self.passes}")
+                each = (time.monotonic() - self.begun) / self.passes_done
+                left = each * (self.passes - self.passes_done)
+                self.say(f"probing: pass {self.passes_done} of {self.passes}, {left:.0f} s left")
                 self.said = time.monotonic()
 
     def _velocity(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:

@@ -20,7 +20,8 @@ class Thresholds:
         rounding: a change of at most so many times what one rounding of the text embedding does to the velocity is
             rounding: the network answers the shifted condition as it answers the real one. Shifts that a norm cancels
             stay below 1.25 times in bf16 on the tiny models; at twice this limit, shifts that fp32 sees would be lost.
-        invisible: so is a change below this, though it is more than rounding: the two branches agree to a per mille.
+        invisible: so is a change below this share of what another prompt does, though it is more than rounding: the
+            network reads a thousand times more from a word. Below this alone where that is not known.
         weak: a visible change below this gets a warning in its reason.
         destructive: a change of at least this much is destructive if it is also ``over_prompt`` times what another
             prompt does; at 1 the shifted branch is as far from the real one as an answer of zero.
@@ -90,6 +91,7 @@ class Facts:
         common_share: of the change in the text's keys; None where nothing changes.
         entropy_share: entropy of the shifted weights over that of the real ones; None where the real ones have none.
         cause: from :func:`structural_cause`.
+        text_cause: the same for the text alone, where a pooled embedding that is shifted as well carries what is left.
     """
 
     is_control: bool
@@ -102,6 +104,7 @@ class Facts:
     common_share: float | None
     entropy_share: float | None
     cause: str | None
+    text_cause: str | None = None
 
 
 def judge(facts: Facts, limits: Thresholds = THRESHOLDS) -> tuple[Verdict, str]:
@@ -113,15 +116,17 @@ def judge(facts: Facts, limits: Thresholds = THRESHOLDS) -> tuple[Verdict, str]:
         if facts.change == 0:
             return "invisible", "no shift: the control, nothing changes at all"
         return "invisible", f"no shift: the control; calls of this network repeat to {percent(facts.change)} only"
-    if facts.change <= max(limits.rounding * facts.rounding, limits.invisible):
+    prompt = facts.other_prompt
+    least = limits.invisible * min(1.0, prompt or 1.0)
+    if facts.change <= max(limits.rounding * facts.rounding, least):
         if facts.change == 0:
             reason = "the velocity does not change at all"
         elif facts.change <= limits.rounding * facts.rounding:
             reason = f"only rounding: {moved}, one rounding of the text does {percent(facts.rounding)}"
         else:
-            reason = f"{moved}, less than {percent(limits.invisible)}"
+            share = "" if not prompt else f", {percent(facts.change / prompt)} of what another prompt does"
+            reason = f"{moved}{share}: less than {percent(limits.invisible)}"
         return "invisible", reason if facts.cause is None else f"{reason}; {facts.cause}"
-    prompt = facts.other_prompt
     beside = "" if not prompt else f", {facts.change / prompt:.2g} times what another prompt does"
     if facts.norm >= limits.blown_up:
         return "destructive", f"the velocity is blown up to {facts.norm:.3g} times its size"
@@ -136,6 +141,8 @@ def judge(facts: Facts, limits: Thresholds = THRESHOLDS) -> tuple[Verdict, str]:
         reason.append(f"weak: below {percent(limits.weak)}")
     if facts.cause is not None:
         reason.append(f"though {facts.cause}")
+    elif facts.text_cause is not None:
+        reason.append(f"the pooled embedding alone carries it: {facts.text_cause}")
     return "visible", "; ".join(reason)
 
 
