@@ -35,7 +35,16 @@ from apex_fast.training.models import (
     start_lora_file,
 )
 from apex_fast.training.progress import Console
-from apex_fast.training.results import Found, Record, find_result
+from apex_fast.training.results import (
+    INDEX,
+    TRANSFORMER,
+    Found,
+    Record,
+    find_result,
+    has_own_text,
+    holds_model,
+    load_weights,
+)
 from apex_fast.training.settings import SettingsError
 from apex_fast.training.validation import SMALL, draw_pictures, square
 from apex_fast.velocities import Guide
@@ -66,19 +75,22 @@ def open_generator(
     """Loads what is to be generated with.
 
     Args:
-        model: a run (see :func:`apex_fast.training.models.load_generator`), or with ``lora`` the model that the LoRA
-            adapts; a diffusers folder or a hub id is taken without a LoRA too.
+        model: a run (see :func:`apex_fast.training.models.load_generator`) or what ``apex-fast export`` made of it, or
+            with ``lora`` the model that the LoRA adapts; a diffusers folder or a hub id is taken without a LoRA too.
         lora: a ``.safetensors`` file, or a folder with ``pytorch_lora_weights.safetensors``: of a run, of its export,
             or of somebody else. What a run or an export noted beside its weights (precision, length of the text, the
             LoRA that it started from) is heeded.
-        base: where the model that a run started from is now, if it was moved.
-        weight_dtype: of a pipeline; None is as noted with the LoRA, or fp32. A run says itself.
+        base: where the model that a run or an export belongs to is now, if it was moved.
+        weight_dtype: of a pipeline; None is as noted with the LoRA or by the export, or fp32. A run says itself.
 
     Raises:
         ValueError: settings that do not go together, or a LoRA of another model.
         FileNotFoundError, CheckpointError, SettingsError: as ``load_generator``.
     """
-    if lora is None and not is_hub_id(str(model)):
+    local = None if is_hub_id(str(model)) else Path(model)
+    if lora is None and local is not None and (facts := _exported(local)):
+        return _open_export(local, facts, base, weight_dtype)
+    if lora is None and local is not None and not _is_pipeline(local):
         if weight_dtype is not None:
             raise ValueError(
                 "weight_dtype: a run or a saved model says itself how its weights are stored; leave it out"
@@ -89,22 +101,21 @@ def open_generator(
     if base is not None:
         raise ValueError(f"base: {model} is the base itself; leave --base out")
     file = None if lora is None else start_lora_file(str(lora), "lora")
-    facts = {} if file is None else _noted(file)
     phrase = str(model) if file is None else f"{model} with the LoRA {file}"
-    if file is not None and isinstance(facts, Record):
-        record = facts if weight_dtype is None else dataclasses.replace(facts, weight_dtype=weight_dtype)
+    # Of a pipeline that export merged, the file of its transformer says what otherwise that of a LoRA does.
+    facts = {} if local is None else _header_of(local / TRANSFORMER)
+    noted = facts if file is None else _noted(file)
+    if file is not None and isinstance(noted, Record):
+        record = noted if weight_dtype is None else dataclasses.replace(noted, weight_dtype=weight_dtype)
         if str(model) != record.base:
             # A commit of one repository is none of another.
             record = dataclasses.replace(record, revision=None)
         network, _ = load_found(Found(file.parent, phrase), base=str(model), record=record)
         return Generator(network, phrase, record.resolution)
-    assert not isinstance(facts, Record)
+    assert not isinstance(noted, Record)
+    noted = {**facts, **noted}
     try:
-        network = load_pretrained(
-            pretrained_source(str(model)),
-            weight_dtype=weight_dtype or facts.get("weight_dtype", "fp32"),
-            **{key: kind(facts[key]) for key, kind in _OPTIONS.items() if key in facts},
-        )
+        network = _load(str(model), noted, weight_dtype)
     except FileNotFoundError as error:
         if not is_hub_id(str(model)):
             raise
@@ -113,26 +124,88 @@ def open_generator(
             "(such as runs/demo), of a checkpoint or of a saved model, or owner/name of a model on the hub"
         ) from error
     if file is not None:
-        if "start_lora" in facts:
-            load_start_lora(network, file.parent / Path(facts["start_lora"]).name, "frozen")
+        if "start_lora" in noted:
+            load_start_lora(network, file.parent / Path(noted["start_lora"]).name, "frozen")
         load_lora(network, file)
-    resolution = [int(edge) for edge in facts["resolution"].split("x")] if "resolution" in facts else None
-    return Generator(network.eval(), phrase, resolution)
+    return Generator(network.eval(), phrase, _resolution(noted))
+
+
+def exported_base(model: str | Path) -> str | None:
+    """The base that an export without one (a LoRA, or a transformer alone) is loaded with; None for all else."""
+    return None if is_hub_id(str(model)) else _exported(Path(model)).get("base_model")
+
+
+def _open_export(
+    folder: Path, facts: dict[str, str], base: str | None, weight_dtype: Literal["fp32", "bf16"] | None
+) -> Generator:
+    """A LoRA or a transformer as :mod:`apex_fast.export.stock` wrote it, on the base that its header names."""
+    base = facts["base_model"] if base is None else base
+    try:
+        pretrained_source(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} was exported for {base}, and that model is not there any more; say where it is with --base"
+        ) from error
+    if (folder / WEIGHTS).is_file():
+        return open_generator(base, lora=folder, weight_dtype=weight_dtype)
+    network = _load(base, facts, weight_dtype)
+    load_weights(network.transformer, folder / TRANSFORMER)
+    return Generator(network.eval(), f"{base} with the transformer of {folder}", _resolution(facts))
 
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {"max_sequence_length": int, "embedded_guidance": float}
 
 
+def _load(model: str, facts: dict[str, str], weight_dtype: str | None) -> Backbone:
+    """The pipeline ``model``, with the settings that ``facts`` of a header name."""
+    # A commit of one repository is none of another.
+    same = model == facts.get("base_model")
+    return load_pretrained(
+        pretrained_source(model),
+        weight_dtype=weight_dtype or facts.get("weight_dtype", "fp32"),
+        revision=facts.get("base_model_revision") if same else None,
+        variant=facts.get("base_model_variant") if same else None,
+        **{key: kind(facts[key]) for key, kind in _OPTIONS.items() if key in facts},
+    )
+
+
+def _resolution(facts: dict[str, str]) -> list[int] | None:
+    return [int(edge) for edge in facts["resolution"].split("x")] if "resolution" in facts else None
+
+
+def _is_pipeline(folder: Path) -> bool:
+    """Whether ``folder`` is a stock pipeline, and no run or model of this library's own."""
+    return (folder / INDEX).is_file() and Record.read(folder) is None and not has_own_text(folder)
+
+
+def _exported(folder: Path) -> dict[str, str]:
+    """What the header of an export without its base says; empty for every other folder."""
+    if not folder.is_dir() or holds_model(folder):
+        return {}
+    file = folder / WEIGHTS
+    facts = _header(file) if file.is_file() else _header_of(folder / TRANSFORMER)
+    return facts if "base_model" in facts else {}
+
+
 def _noted(file: Path) -> Record | dict[str, str]:
     """What a run wrote beside its LoRA, or an export into the header of the file; empty for others."""
     record = Record.read(file.parent) if file.name == WEIGHTS else None
-    if record is not None:
-        return record
+    return _header(file) if record is None else record
+
+
+def _header_of(folder: Path) -> dict[str, str]:
+    """The header of the first weight file in ``folder``; empty where there is none."""
+    file = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    return {} if file is None else _header(file)
+
+
+def _header(file: Path) -> dict[str, str]:
+    """What an export wrote into the header of ``file``; empty for files of others."""
     try:
         with safe_open(file, "pt") as opened:
             facts = dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"lora: {file} cannot be read as safetensors ({error})") from error
+        raise ValueError(f"{file} cannot be read as safetensors ({error})") from error
     return facts if facts.get("library", "").startswith("apex_fast ") else {}
 
 
@@ -306,6 +379,8 @@ def generate_files(
         "negative_prompt": against,
         "height": edges[0],
         "width": edges[1],
+        "max_sequence_length": network.max_sequence_length,
+        "embedded_guidance": network.embedded_guidance,
     }
     place = Layout(layout, out, prompts, images_per_prompt, facts)
     jobs = place.missing()
@@ -346,12 +421,31 @@ def generate_files(
     return Drawn(len(jobs), kept, generator.phrase)
 
 
+_SAMPLED = 1 << 10
+
+
 def _identity(network: Backbone) -> str:
-    """Tells the weights of one folder of pictures from others: the fingerprint of the network, and all of a LoRA."""
+    """Tells the weights of one folder of pictures from others: the fingerprint of the network, all of a LoRA and its
+    scales, and values from all over every tensor of the transformer, the text encoders and the VAE."""
     digest = hashlib.sha256(fingerprint(network).encode())
-    for name, parameter in sorted(network.transformer.named_parameters()):
-        if ".lora_" in name:
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def add(values: Tensor) -> None:
+        digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    modules = {"transformer": network.transformer, **network.components}
+    for part, module in sorted(modules.items()):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for name, parameter in sorted(module.named_parameters()):
+            # Quantised weights are packed in ways of their own; the fingerprint has their names and shapes.
+            if type(parameter) is not torch.nn.Parameter or parameter.is_meta or not parameter.numel():
+                continue
+            digest.update(f"{part}.{name} {list(parameter.shape)} {parameter.dtype}".encode())
+            step = 1 if ".lora_" in name else max(1, parameter.numel() // _SAMPLED)
+            add(parameter.reshape(-1)[::step])
+    for name, module in sorted(network.transformer.named_modules()):
+        if isinstance(scales := getattr(module, "scaling", None), dict):
+            digest.update(f"{name} {sorted(scales.items())}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from backbone_cases import load_tiny
 from comfyui_loader import detect, key_map, load_lora
-from export_cases import tiny_run
+from export_cases import PROMPT, code_of, tiny_run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,8 +25,10 @@ from apex_fast.backbones.base import Backbone
 from apex_fast.export import export_run
 from apex_fast.export.comfyui import lora_file, unknown_sizes
 from apex_fast.export.comfyui_keys import LAYOUTS, check_family, native_state, place
+from apex_fast.export.command import main
 from apex_fast.lora import WEIGHTS, LoraSettings, add_lora, save_lora
 from apex_fast.training.models import load_generator
+from apex_fast.training.provenance import front_matter
 from apex_fast.training.settings import SettingsError
 
 FAMILIES = tuple(LAYOUTS)
@@ -261,14 +265,26 @@ def test_a_lora_of_a_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     loader = next(node for node in graph["nodes"] if node["type"] == "LoraLoaderModelOnly")
     assert loader["widgets_values"] == [file.name, 1.0]
     text = (folder / "README.md").read_text()
+    # the card: grid, settings and metrics beside the files
+    front = front_matter(text)
+    assert {"comfyui", "flux", "lora"} <= set(front["tags"]) and "library_name" not in front
+    assert "![Samples of the validation prompts](samples.png)" in text
+    assert (folder / "samples.png").read_bytes() == (run / "samples" / "step-000004.png").read_bytes()
+    for line in (
+        "| condition shift | c_fake = -1 c + 0.5, scalar |",
+        "| training step | L_fake | L_correction | L_sup | v_shift - v_real, relative |",
+        "`workflow_api.json` is the same for `POST /prompt`",
+    ):
+        assert line in text
     named = set(re.findall(r"`([^`]+\.safetensors)` \|", text))
     assert {file.name, "flux.safetensors", "ae.safetensors"} <= named
 
 
 def test_a_lora_with_merge_is_a_diffusion_model(tmp_path_factory: pytest.TempPathFactory) -> None:
     run = tiny_run(tmp_path_factory, "lumina2")
-    with pytest.warns(UserWarning, match="hidden_size is 32, not 2304"):
+    with pytest.warns(UserWarning, match="hidden_size is 32, not 2304") as warned:
         folder = export_run(run, format="comfyui", merge=True)
+    assert warned[0].filename == __file__, "the caller's line, not one of the library"
     written = load_file(folder / "models" / "diffusion_models" / "run.safetensors")
     assert_same_weights(written, merged_native(load_generator(run)[0]))
     prompt = json.loads((folder / "workflow_api.json").read_text())
@@ -277,10 +293,17 @@ def test_a_lora_with_merge_is_a_diffusion_model(tmp_path_factory: pytest.TempPat
     assert "LoraLoaderModelOnly" not in kinds
 
 
-@pytest.mark.filterwarnings("ignore:export. ComfyUI knows the sizes")
-def test_a_fully_tuned_run(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.filterwarnings("error:ComfyUI")
+def test_a_fully_tuned_run(tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tmp_path_factory, "stable_diffusion_3", "full")
-    folder = export_run(run, format="comfyui")
+    capsys.readouterr()
+    assert main([str(run), "--format", "comfyui"]) == 0
+    captured = capsys.readouterr()
+    folder = Path(captured.out.strip())
+    # Lines for the user, without the place in the library that a warning would name.
+    careful, exported, _ = captured.err.splitlines()
+    assert careful.startswith("careful: ComfyUI knows the sizes of the published stable_diffusion_3 models")
+    assert exported == f"exported: the finished model of {run}"
     written = load_file(folder / "models" / "diffusion_models" / "run.safetensors")
     own = load_generator(run)[0].transformer.state_dict()
     back = converted("stable_diffusion_3", written)
@@ -297,3 +320,43 @@ def test_what_comfyui_would_get_wrong_is_refused(tmp_path: Path, tmp_path_factor
     run = tiny_run(tmp_path_factory, "flux", "lora", "--start_lora", str(start))
     with pytest.raises(SettingsError, match="belongs on top of .* write --merge"):
         export_run(run, format="comfyui")
+
+
+def test_the_code_of_the_card_queues_the_workflow(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """On a server that stands in for ComfyUI's: the whole workflow, with this prompt and this seed in it."""
+    taken = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            taken.append((self.path, self.headers["Content-Type"], json.loads(body)))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"prompt_id": "1"}')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for family, name in (("flux", "text"), ("lumina2", "user_prompt")):
+            folder = export_run(tiny_run(tmp_path_factory, family), format="comfyui")
+            code = code_of(folder / "README.md")
+            for old, new in (
+                ("http://127.0.0.1:8188", f"http://127.0.0.1:{server.server_port}"),
+                ('folder = "."', f"folder = {str(folder)!r}"),
+                (f"prompt = {json.dumps(PROMPT)}", 'prompt = "a blue square"'),
+                ("seed = 0", "seed = 3"),
+            ):
+                assert code.count(old) == 1
+                code = code.replace(old, new)
+            exec(compile(code, "README.md", "exec"), {})
+            path, kind, body = taken.pop()
+            assert (path, kind) == ("/prompt", "application/json")
+            expected = json.loads((folder / "workflow_api.json").read_text())
+            (encoder,) = (node for node in expected.values() if name in node["inputs"])
+            (sampler,) = (node for node in expected.values() if "seed" in node["inputs"])
+            assert encoder["inputs"][name] == PROMPT and sampler["inputs"]["seed"] == 0
+            encoder["inputs"][name], sampler["inputs"]["seed"] = "a blue square", 3
+            assert body == {"prompt": expected}
+        server.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,18 +39,23 @@ def test_from_training_to_the_stock_pipeline(
     backbone = load_generator(run)[0]
     record = Record.read(run / "model")
     assert record is not None and (record.family, record.mode) == (family, mode)
-    # A LoRA as it is, and a fully tuned model as a whole pipeline.
-    assert export([str(run), *(["--merge"] if mode == "full" else [])]) == 0
-    folder = Path(capsys.readouterr().out.strip())
-    assert folder == run / "export" / ("diffusers-merged" if mode == "full" else "diffusers")
-    card = folder / "README.md"
-    assert f"{backbone.pipeline_class}.from_pretrained" in code_of(card)
-    latents, image = run_card(card, folder=str(folder), prompt=CAPTIONS[0], steps=1)
-    assert image.size == SIZE and latents.isfinite().all()
-    expected, _ = own_latents(backbone, CAPTIONS[0], SIZE)
-    if record.weight_dtype == "fp32":
-        assert_close(latents, expected, 2e-4)
-    else:
-        # The card computes in the dtype of the base, with the adapter in it too; the run has its adapter in fp32.
-        difference = (latents.float() - expected.float()).norm() / expected.float().norm()
-        assert difference < 0.03, difference
+    # What was trained alone, a LoRA or a transformer, and a fully tuned model as a whole pipeline too.
+    for merge in (False, True) if mode == "full" else (False,):
+        assert export([str(run), *(["--merge"] if merge else [])]) == 0
+        folder = Path(capsys.readouterr().out.strip())
+        assert folder == run / "export" / ("diffusers-merged" if merge else "diffusers")
+        assert (folder / "model_index.json").is_file() == merge
+        assert (folder / "transformer" / "config.json").is_file() == (mode == "full")
+        card = folder / "README.md"
+        alone = [backbone.transformer_class] if mode == "full" and not merge else []
+        loaded = [*alone, backbone.pipeline_class, "FlowMatchEulerDiscreteScheduler"]
+        assert re.findall(r"(\w+)\.from_pretrained\(", code_of(card)) == loaded
+        latents, image = run_card(card, folder=str(folder), prompt=CAPTIONS[0], steps=1)
+        assert image.size == SIZE and latents.isfinite().all()
+        expected, _ = own_latents(backbone, CAPTIONS[0], SIZE)
+        if record.weight_dtype == "fp32":
+            assert_close(latents, expected, 2e-4)
+        else:
+            # The card computes in the dtype of the base, with the adapter in it too; the run has its adapter in fp32.
+            difference = (latents.float() - expected.float()).norm() / expected.float().norm()
+            assert difference < 0.03, difference

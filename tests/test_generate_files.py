@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from backbone_cases import load_tiny
 from export_cases import PROMPT, code_of, run_card, tiny_run
 from torch import Tensor
 
@@ -17,6 +22,8 @@ from apex_fast.cli import main
 from apex_fast.evaluation.layouts import FACTS, Layout, as_picture, grid, read_prompts
 from apex_fast.export import export_run
 from apex_fast.generate import generate_files
+from apex_fast.lora import LoraSettings, add_lora
+from apex_fast.training.models import is_hub_id
 
 PROMPTS = ("a red circle on white", "a blue square, and nothing else", "ein grünes Quadrat")
 
@@ -191,6 +198,96 @@ def test_nor_do_other_weights_prompts_or_files(run: Path, capsys: pytest.Capture
     assert "was not made by this command; name another folder" in capsys.readouterr().err
 
 
+def test_every_weight_and_scale_counts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Merged LoRAs, whatever values they change, the alpha of one that is not merged, text encoders and VAE."""
+    identity = module._identity
+    network = load_tiny("sana", tmp_path_factory)
+    before = identity(network)
+    assert identity(network) == before
+
+    def changes(tensor: Tensor) -> bool:
+        with torch.no_grad():
+            kept = tensor.clone()
+            tensor.reshape(-1)[1024:] += 0.01
+            changed = identity(network) != before
+            tensor.copy_(kept)
+        assert identity(network) == before
+        return changed
+
+    large = [p for p in network.transformer.parameters() if p.numel() > 2048]
+    assert large and all(changes(parameter) for parameter in large[:3])
+    for part in ("text_encoder", "vae"):
+        assert changes(max(network.components[part].parameters(), key=torch.numel))
+    own = {}
+    for alpha in (1.0, 2.0):
+        adapted = copy.deepcopy(network)
+        add_lora(adapted, LoraSettings(rank=2, alpha=alpha), seed=0)
+        own[alpha] = identity(adapted)
+    assert len({before, *own.values()}) == 3
+
+
+def test_two_merged_loras_do_not_share_a_folder(
+    run: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_run(tmp_path_factory, "qwen_image", "lora", "--seed", "7")
+    first, second = (export_run(model, merge=True) for model in (run, other))
+    assert generate(first, "--n", "1", "--out", "out") == 0
+    before = contents("out")
+    assert generate(second, "--n", "1", "--out", "out") == 2
+    assert "made with weights" in capsys.readouterr().err and contents("out") == before
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "message"),
+    [
+        ("qwen_image", "max_sequence_length", 20, "made with max_sequence_length 24, and now it is 20"),
+        ("flux", "embedded_guidance", 2.0, "made with embedded_guidance 3.5, and now it is 2.0"),
+    ],
+)
+def test_nor_do_other_settings_of_the_model(
+    family: str,
+    key: str,
+    value: float,
+    message: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = tiny_run(tmp_path_factory, family)
+    model = shutil.copytree(original / "model", tmp_path / "changed")
+    record = json.loads((model / "apex_fast.json").read_text())
+    (model / "apex_fast.json").write_text(json.dumps({**record, key: value}))
+    assert generate(original, "--n", "1", "--out", "out") == 0
+    assert generate(model, "--n", "1", "--out", "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_of_other_prompts_are_in_the_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A list that became shorter, fewer pictures of each, and a list of pictures that are not there."""
+    assert generate(run, "--n", "2", "--out", "out") == 0
+    before = contents("out")
+    Path("prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    assert generate(run, "--n", "2", "--out", "out") == 2
+    assert "out/00002-00.png belongs to none of these 2 prompts with 2 pictures each" in capsys.readouterr().err
+    Path("prompts.txt").write_text(PROMPTS[0])
+    assert generate(run, "--n", "2", "--out", "one") == 0
+    assert generate(run, "--n", "1", "--out", "one") == 2
+    assert "one/00000-01.png belongs to none of these 1 prompt with 1 picture each" in capsys.readouterr().err
+    assert contents("out") == before
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    Path("out/sub").mkdir()
+    as_picture(torch.zeros(3, 4, 4)).save("out/sub/mine.jpg")
+    assert generate(run, "--n", "2", "--out", "out") == 2
+    assert "out/sub/mine.jpg belongs to none of these 3 prompts with 2 pictures each" in capsys.readouterr().err
+    Path("out/sub/mine.jpg").unlink()
+    Path("out/sub/notes.txt").write_text("no picture")
+    assert generate(run, "--n", "2", "--out", "out") == 0
+    Path("listed").mkdir()
+    Path("listed/metadata.jsonl").write_text('{"file_name": "mine.png", "text": "mine"}\n')
+    assert generate(run, "--n", "1", "--out", "listed") == 2
+    assert "listed/metadata.jsonl belongs to none" in capsys.readouterr().err
+
+
 # ---- the scorers' folders
 
 
@@ -222,6 +319,31 @@ def test_geneval(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     Path("out/00000/grid.png").unlink()
     Path("out/00000/metadata.jsonl").unlink()
     assert main([*words, "--out", "out"]) == 0
+    assert contents("out") == before
+    # a grid that is damaged, or of another number of pictures
+    Path("out/00001/grid.png").write_bytes(before["00001/grid.png"][:200])
+    assert main([*words, "--out", "out"]) == 0
+    assert contents("out") == before
+    Path("one.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    one = ["generate", str(run), "--prompts", "one.jsonl", "--layout", "geneval", "--device", "cpu", "--out", "grown"]
+    for number, size in ((1, 32), (2, 64), (4, 64)):
+        assert main([*one, "--n", str(number)]) == 0
+        assert values("grown/00000/grid.png").shape[1] == size
+    assert Path("grown/00000/grid.png").read_bytes() == Path("out/00000/grid.png").read_bytes()
+    # two damaged pictures: the grid waits for both
+    for name in ("00000", "00003"):
+        Path(f"out/00000/samples/{name}.png").write_bytes(b"half")
+    Path("out/00000/grid.png").unlink()
+    assert main([*words, "--out", "out"]) == 0
+    assert contents("out") == before
+    # a prompt that is not asked for any more, and a picture too many, would be scored
+    capsys.readouterr()
+    assert main([*one[:-1], "out"]) == 2
+    assert "out/00001 belongs to none of these 1 prompt with 4 pictures each" in capsys.readouterr().err
+    Path("out/00001/samples/00004.png").write_bytes(b"")
+    assert main([*words, "--out", "out"]) == 2
+    assert "out/00001/samples/00004.png belongs to none" in capsys.readouterr().err
+    Path("out/00001/samples/00004.png").unlink()
     assert contents("out") == before
     # prompts without what it scores by
     capsys.readouterr()
@@ -256,6 +378,9 @@ def test_dpg(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main([*words, "--layout", "dpg", "--out", "dpg"]) == 0
     assert "4 pictures in 1 step" in capsys.readouterr().err and contents("dpg") == before
+    Path("dpg/results.txt").write_text("0.8")
+    assert main([*words, "--layout", "dpg", "--out", "dpg"]) == 2
+    assert "dpg/results.txt belongs to none" in capsys.readouterr().err
     assert main([*words, "--layout", "dpg", "--n", "1", "--out", "one"]) == 0
     assert values("one/12.png").shape == (edge, edge, 3)
     for more, message in (
@@ -316,6 +441,39 @@ def test_precision_of_the_weights(run: Path, capsys: pytest.CaptureFixture[str])
     assert generate(base, "--lora", str(run), "--weight-dtype", "bf16", "--n", "1", "--out", "out") == 0
     assert generate(run, "--weight-dtype", "bf16", "--n", "1", "--out", "other") == 2
     assert "says itself how its weights are stored" in capsys.readouterr().err
+    # a pipeline in a folder of its own, and what export merged, which knows its size too
+    merged = export_run(run, merge=True)
+    for model, resolution in ((base, None), (merged, [32, 32])):
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), (None, torch.float32)):
+            opened = module.open_generator(model, weight_dtype=name)
+            assert {p.dtype for p in opened.network.transformer.parameters()} == {dtype}
+            assert opened.resolution == resolution
+    assert generate(merged, "--weight-dtype", "bf16", "--n", "1", "--out", "merged") == 0
+    with pytest.raises(ValueError, match="is the base itself"):
+        module.open_generator(base, base=str(base))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_an_export_is_a_model_too(
+    mode: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A transformer or a LoRA without its base: the header of the weights names it, unless it was moved."""
+    run = tiny_run(tmp_path_factory, "qwen_image", mode)
+    folder = export_run(run)
+    assert generate(run, "--n", "1", "--out", "run") == 0
+    assert generate(folder, "--n", "1", "--out", "export") == 0
+    assert contents("export") == contents("run")
+    assert module.exported_base(folder) == str(run.parent / "qwen_image")
+    assert module.exported_base(run) is None and module.exported_base("no/such") is None
+    moved = shutil.copytree(run.parent / "qwen_image", tmp_path / "moved")
+    # Exported for a model that is gone since.
+    gone = shutil.copytree(moved, tmp_path / "gone")
+    other = export_run(run, base=str(gone), out="other")
+    shutil.rmtree(gone)
+    assert generate(other, "--n", "1", "--out", "x") == 1
+    assert "that model is not there any more; say where it is with --base" in capsys.readouterr().err
+    assert generate(other, "--base", str(moved), "--n", "1", "--out", "based") == 0
+    assert contents("based") == contents("run")
 
 
 # ---- mistakes
@@ -332,10 +490,21 @@ def test_precision_of_the_weights(run: Path, capsys: pytest.CaptureFixture[str])
         (["--prompts", "prompts.txt", "--out", "x", "--batch-size", "0"], 2, "batch_size must be at least 1, got 0"),
         (["--prompts", "prompts.txt", "--out", "x", "--lora", "none"], 1, "lora: none is no LoRA; expected a"),
         (["--prompts", "prompts.txt", "--out", "x", "--lora", "bad.safetensors"], 2, "cannot be read as safetensors"),
+        (
+            ["--prompts", "prompts.txt", "--out", "bad.safetensors"],
+            2,
+            "bad.safetensors is a file, and pictures of many",
+        ),
+        (["--prompts", "latin.txt", "--out", "x"], 2, "prompts: latin.txt is not UTF-8 (invalid"),
+        (["--prompts", "latin", "--out", "x"], 2, "latin/1.txt is not UTF-8 (invalid"),
+        (["--prompt", "a cat", "--out", "latin"], 2, "--out latin is a folder; for --prompt name the PNG"),
     ],
 )
 def test_mistakes(run: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.safetensors").write_bytes(b"no weights")
+    Path("latin").mkdir()
+    for name in ("latin.txt", "latin/1.txt"):
+        Path(name).write_bytes("ein grünes Quadrat".encode("latin-1"))
     assert main(["generate", str(run.parent / "qwen_image"), "--device", "cpu", *words]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and not Path("x").exists()
@@ -348,14 +517,32 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(
         raise FileNotFoundError("404")
 
     monkeypatch.setattr(module, "load_pretrained", absent)
-    assert generate("runs/deme", "--n", "1", "--out", "x") == 1
-    assert "runs/deme: no such folder here, and as a hub id it cannot be loaded" in capsys.readouterr().err
+    assert generate("somebody/deme", "--n", "1", "--out", "x") == 1
+    assert "somebody/deme: no such folder here, and as a hub id it cannot be loaded" in capsys.readouterr().err
+    # No owner on the hub, but where runs are: nothing is asked.
+    Path("mine/one").mkdir(parents=True)
+    Path("mine/one/metrics.jsonl").write_text("")
+    for name in ("runs/deme", "mine/deme"):
+        assert generate(name, "--n", "1", "--out", "x") == 1
+        assert f"{name}: no such folder; write the folder of a run" in capsys.readouterr().err
+    assert not is_hub_id("runs/deme") and is_hub_id("somebody/deme")
 
 
 def test_prompts_of_every_kind(tmp_path: Path) -> None:
     Path("a.jsonl").write_text('{"prompt": "one", "tag": "x"}\n\n{"text": "two"}\n')
     one, two = read_prompts("a.jsonl")
     assert (one.text, two.text) == ("one", "two") and one.line == '{"prompt": "one", "tag": "x"}'
+    # Only a newline ends a line, and a byte order mark is none of the text.
+    odd = "a\u2028b\x85c"
+    Path("odd.jsonl").write_text(
+        json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + '{"prompt": "x"}', "utf-8-sig"
+    )
+    assert [p.text for p in read_prompts("odd.jsonl")] == [odd, "x"]
+    Path("mark.txt").write_text("one\ntwo\n", "utf-8-sig")
+    assert [p.text for p in read_prompts("mark.txt")] == ["one", "two"]
+    Path("marked").mkdir()
+    Path("marked/a.txt").write_text("one", "utf-8-sig")
+    assert read_prompts("marked")[0].text == "one"
     Path("folder").mkdir()
     Path("folder/b.txt").write_text("three\nand four\n")
     Path("folder/a.txt").write_text("five")
@@ -379,3 +566,16 @@ def test_the_python_call(run: Path) -> None:
     assert generate_files(run, read_prompts("prompts.txt"), "out", images_per_prompt=1, device="cpu").kept == 3
     with pytest.raises(ValueError, match="layout must be one of plain, geneval, dpg, got 'coco'"):
         generate_files(run, read_prompts("prompts.txt"), "out", layout="coco", device="cpu")
+
+
+def test_a_text_with_other_ends_of_lines(run: Path) -> None:
+    """metadata.jsonl has a line a picture for every reader, whatever it takes for the end of one."""
+    Path("odd.jsonl").write_text(json.dumps({"prompt": "red\u2028blue\x85green"}) + "\n")
+    assert main(["generate", str(run), "--prompts", "odd.jsonl", "--n", "1", "--device", "cpu", "--out", "odd"]) == 0
+    (line,) = Path("odd/metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["text"] == "red\u2028blue\x85green"
+
+
+def test_as_a_module() -> None:
+    found = subprocess.run([sys.executable, "-m", "apex_fast", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("apex_fast ")

@@ -15,9 +15,9 @@ dpg        the folder ``prompts`` of DPG-Bench                    ``<name of the
 =========  =====================================================  ============================================
 
 Every picture says in a text chunk of its own, ``apex_fast``, how it was made; a folder is gone on with only where that
-agrees, so that no folder holds pictures of two models or two settings. A picture is written under a name with a dot in
-front and renamed when it is whole. (The scorers take every file for a picture whose name they like: GenEval's looks at
-the beginning of the name alone, DPG-Bench's at nothing.)
+agrees, so that no folder holds pictures of two models or two settings, nor pictures of prompts that are not asked for
+any more. A picture is written under a name with a dot in front and renamed when it is whole. (The scorers take every
+file for a picture whose name they like: GenEval's looks at the beginning of the name alone, DPG-Bench's at nothing.)
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from apex_fast.extras import require
 
 LayoutName = Literal["plain", "geneval", "dpg"]
 LAYOUTS = ("plain", "geneval", "dpg")
+METADATA = "metadata.jsonl"
 FACTS = "apex_fast"
 """Key of the text chunk."""
 _DAMAGED = (OSError, SyntaxError, ValueError, struct.error)
 """What PIL raises for a PNG that is cut off or is none."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 """The last chunk of every PNG."""
 
@@ -64,25 +66,37 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts in ``path``: a text file with one a line, JSON lines with ``prompt`` (or ``text``), or a folder whose
     ``*.txt`` hold one each.
 
+    Files are UTF-8, with or without a byte order mark. Only a newline ends a line: JSON texts may hold any other
+    separator.
+
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: no prompt in it, or a line that is none.
+        ValueError: no prompt in it, a line that is none, or bytes that are not UTF-8.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.glob("*.txt") if not file.name.startswith("."))
-        prompts = [Prompt(" ".join(file.read_text(encoding="utf-8").split()), name=file.stem) for file in files]
+        prompts = [Prompt(" ".join(_text(file).split()), name=file.stem) for file in files]
         if empty := [p.name for p in prompts if not p.text]:
             raise ValueError(f"prompts: {path / str(empty[0])}.txt is empty")
     elif not path.is_file():
         raise FileNotFoundError(f"prompts: {path} is not there; expected a file, or a folder of text files")
     else:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in _text(path).split("\n")]
         read = _from_json if path.suffix in (".jsonl", ".json") else lambda line, _: Prompt(line)
         prompts = [read(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line]
     if not prompts:
         raise ValueError(f"prompts: nothing in {path}; expected a prompt a line, or a folder of text files")
     return prompts
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompts: {file} is not UTF-8 ({error.reason} at byte {error.start}); save it in that encoding"
+        ) from error
 
 
 def _from_json(line: str, where: str) -> Prompt:
@@ -107,7 +121,8 @@ class Layout:
         facts: how all pictures of this folder are made, in plain values of JSON.
 
     Raises:
-        ValueError: prompts that this layout has no names for, or another number of pictures than it can hold.
+        ValueError: prompts that this layout has no names for, another number of pictures than it can hold, or a file
+            in place of the folder.
     """
 
     def __init__(
@@ -117,6 +132,10 @@ class Layout:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
         self.name, self.folder, self.prompts, self.count = name, Path(folder), list(prompts), count
         self.facts = dict(facts)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(
+                f"{self.folder} is a file, and pictures of many prompts need a folder; name one with --out"
+            )
         self._waiting: dict[int, dict[int, Any]] = {}
         if name == "geneval":
             for prompt in prompts:
@@ -138,17 +157,28 @@ class Layout:
     def missing(self) -> list[tuple[int, int]]:
         """(number of the prompt, number of its picture) of all that has to be drawn, in order.
 
-        Raises ValueError for a file in the way that was made otherwise."""
-        absent = []
+        Raises:
+            ValueError: a picture in the way that was made otherwise, or a file that a reader of the folder would take
+                for one of these pictures, such as one of a longer list of prompts.
+        """
+        absent, complete = [], []
         for index in range(len(self.prompts)):
             if self.name == "dpg":
-                if not self._whole(self._grid(index), index, 0):
+                if not self._whole(self._grid(index), self._facts(index, 0)):
                     absent += [(index, number) for number in range(self.count)]
                 continue
-            new = [n for n in range(self.count) if not self._whole(self._sample(index, n), index, n)]
+            new = [n for n in range(self.count) if not self._whole(self._sample(index, n), self._facts(index, n))]
             absent += [(index, number) for number in new]
             if not new:
-                self._complete(index)
+                complete.append(index)
+        if (stray := self._stray()) is not None:
+            asked = f"{len(self.prompts)} prompt{'s' if len(self.prompts) > 1 else ''} with {self.count} picture"
+            raise ValueError(
+                f"{stray} belongs to none of these {asked}{'s' if self.count > 1 else ''} each, and whoever reads the "
+                "folder would count it; take it out, or name another folder with --out"
+            )
+        for index in complete:
+            self._complete(index)
         return absent
 
     def put(self, index: int, number: int, picture: Any) -> None:
@@ -158,10 +188,12 @@ class Layout:
             waiting[number] = picture
             if len(waiting) == self.count:
                 pictures = self._waiting.pop(index)
-                self._save(grid([pictures[n] for n in range(self.count)]), self._grid(index), index, 0)
+                whole = grid([pictures[n] for n in range(self.count)])
+                self._save(whole, self._grid(index), self._facts(index, 0))
             return
-        self._save(picture, self._sample(index, number), index, number)
-        if all(self._sample(index, n).is_file() for n in range(self.count)):
+        self._save(picture, self._sample(index, number), self._facts(index, number))
+        # A damaged one may still wait for its turn.
+        if all(self._is(self._sample(index, n), self._facts(index, n)) for n in range(self.count)):
             self._complete(index)
 
     def finish(self) -> None:
@@ -174,7 +206,10 @@ class Layout:
             for number in range(self.count)
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        _replace(self.folder / "metadata.jsonl", lambda partial: partial.write_text(text, encoding="utf-8"))
+        # Inside a text they are no ends of lines, but some readers take them for such.
+        for mark in "\x85\u2028\u2029":
+            text = text.replace(mark, f"\\u{ord(mark):04x}")
+        _replace(self.folder / METADATA, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def seed(self, index: int, number: int) -> int:
         """Seed of one picture: that of the folder, plus how many pictures come before it."""
@@ -195,47 +230,92 @@ class Layout:
     def _complete(self, index: int) -> None:
         if self.name != "geneval":
             return
-        line, file = str(self.prompts[index].line), self._grid(index).with_name("metadata.jsonl")
+        line, file = str(self.prompts[index].line), self._grid(index).with_name(METADATA)
         if not file.is_file() or file.read_text(encoding="utf-8") != line + "\n":
             _replace(file, lambda partial: partial.write_text(line + "\n", encoding="utf-8"))
-        if not self._grid(index).is_file():
+        if not self._is(self._grid(index), self._facts(index, None)):
             pil = require("PIL.Image", extra="train")
             pictures = []
             for number in range(self.count):
                 with pil.open(self._sample(index, number)) as picture:
                     pictures.append(picture.convert("RGB"))
-            self._save(grid(pictures), self._grid(index), index, 0)
+            self._save(grid(pictures), self._grid(index), self._facts(index, None))
 
-    def _facts(self, index: int, number: int) -> dict[str, Any]:
-        own = {"prompt": self.prompts[index].text, "seed": self.seed(index, number)}
-        if self.name == "dpg":
+    def _facts(self, index: int, number: int | None) -> dict[str, Any]:
+        """How a picture is made; number None: the grid of all pictures of a prompt."""
+        own = {"prompt": self.prompts[index].text, "seed": self.seed(index, number or 0)}
+        if self.name == "dpg" or number is None:
             own["pictures"] = self.count
         return {**self.facts, **own}
 
-    def _save(self, picture: Any, path: Path, index: int, number: int) -> None:
+    def _save(self, picture: Any, path: Path, facts: Mapping[str, Any]) -> None:
         info = require("PIL.PngImagePlugin", extra="train").PngInfo()
-        info.add_text(FACTS, json.dumps(self._facts(index, number), sort_keys=True))
+        info.add_text(FACTS, json.dumps(facts, sort_keys=True))
         _replace(path, lambda partial: picture.save(partial, format="PNG", pnginfo=info))
 
-    def _whole(self, path: Path, index: int, number: int) -> bool:
-        """Whether ``path`` is there and undamaged. ValueError if it is a picture of something else."""
-        if not path.is_file():
+    def _stray(self) -> Path | None:
+        """A file that the readers of this layout would take for a picture, or for a prompt, of these; or None. What
+        has a dot in front is no picture to any of them."""
+        if not self.folder.is_dir():
+            return None
+        numbers = range(len(self.prompts))
+        if self.name == "dpg":
+            own = {self._grid(index) for index in numbers}
+            seen = list(self.folder.iterdir())
+        elif self.name == "geneval":
+            own = {self._sample(index, number) for index in numbers for number in range(self.count)}
+            own |= {self._grid(index).parent for index in numbers}
+            folders = [path for path in self.folder.iterdir() if path.is_dir() and path.name.isdigit()]
+            seen = [*folders, *(path for folder in folders for path in (folder / "samples").glob("*"))]
+        else:
+            own = {self._sample(index, number) for index in numbers for number in range(self.count)}
+            seen = [path for path in self.folder.rglob("*") if path.suffix.lower() in _PICTURES]
+            if not self._lists_only({path.name for path in own}):
+                seen.append(self.folder / METADATA)
+        return next((path for path in sorted(seen) if path not in own and not path.name.startswith(".")), None)
+
+    def _lists_only(self, names: set[str]) -> bool:
+        """Whether metadata.jsonl, where there is one, is of pictures called ``names``."""
+        file = self.folder / METADATA
+        if not file.is_file():
+            return True
+        try:
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+            return {line["file_name"] for line in lines} <= names
+        except (ValueError, TypeError, KeyError):
             return False
+
+    @staticmethod
+    def _said(path: Path) -> dict[str, Any] | None:
+        """What the picture in ``path`` says of itself, empty where it says nothing; None for no or a damaged one."""
+        if not path.is_file():
+            return None
         pil = require("PIL.Image", extra="train")
         try:
             with pil.open(path) as picture:
                 said = picture.info.get(FACTS)
                 picture.verify()
         except _DAMAGED:
-            return False
+            return None
         if path.read_bytes()[-len(_END) :] != _END:
             # PIL checks the sums of all chunks but the last.
-            return False
-        wanted = self._facts(index, number)
+            return None
         try:
             found = json.loads(said or "{}")
         except json.JSONDecodeError:
-            found = {}
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _is(self, path: Path, wanted: Mapping[str, Any]) -> bool:
+        """Whether ``path`` is there, undamaged, and says that it was made so."""
+        found = self._said(path)
+        return found is not None and all(found.get(key) == value for key, value in wanted.items())
+
+    def _whole(self, path: Path, wanted: Mapping[str, Any]) -> bool:
+        """Whether ``path`` is there and undamaged. ValueError if it is a picture of something else."""
+        found = self._said(path)
+        if found is None:
+            return False
         if not found:
             raise ValueError(f"{path} is there and was not made by this command; name another folder with --out")
         differs = [key for key in wanted if found.get(key) != wanted[key]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +32,34 @@ TRAINING = (
 
 def write_card(source: Source, folder: Path, merge: bool) -> Path:
     """Writes README.md into ``folder``, and beside it the last picture that a validation of the run drew."""
-    picture = None
-    if source.pictures:
-        picture = folder / PICTURE
-        shutil.copyfile(source.pictures[-1], picture)
+    picture = copy_picture(source, folder)
     path = folder / README
-    path.write_text(card(source, merge, pictured=picture is not None), encoding="utf-8")
+    path.write_text(card(source, merge, picture=picture), encoding="utf-8")
     return path
 
 
-def card(source: Source, merge: bool, *, pictured: bool) -> str:
-    """The text of the card; ``pictured`` is whether samples.png lies beside it."""
-    parts = [_front_matter(source, merge), f"# {source.name}", _what(source, merge)]
-    if pictured:
-        said = f"![Samples of the validation prompts]({PICTURE})"
-        parts.append(f"{said}\n\n{_steps(source.steps).capitalize()}, the validation prompts, one row each.")
+def copy_picture(source: Source, folder: Path) -> str:
+    """Copies the last grid of validation pictures into ``folder``; how a card shows it, empty where there is none."""
+    if not source.pictures:
+        return ""
+    shutil.copyfile(source.pictures[-1], folder / PICTURE)
+    said = f"![Samples of the validation prompts]({PICTURE})"
+    return f"{said}\n\n{_steps(source.steps).capitalize()}, the validation prompts, one row each."
+
+
+def card(source: Source, merge: bool, *, picture: str) -> str:
+    """The text of the card; ``picture`` is what :func:`copy_picture` gave."""
+    parts = [front_matter_text(source, merge, ("diffusers",)), f"# {source.name}", what(source, merge)]
+    if picture:
+        parts.append(picture)
     parts += [
         "## Use it",
         f"```python\n{snippet(source, merge)}```",
         _modes(source),
         "## How it was made",
-        _settings(source),
+        settings_table(source),
     ]
-    if table := _metrics(source):
+    if table := metrics_table(source):
         parts += ["## Metrics", table]
     return "\n\n".join(parts) + "\n"
 
@@ -61,7 +67,8 @@ def card(source: Source, merge: bool, *, pictured: bool) -> str:
 # ---- parts
 
 
-def _front_matter(source: Source, merge: bool) -> str:
+def front_matter_text(source: Source, merge: bool, tools: Sequence[str]) -> str:
+    """The settings that a model card begins with; ``tools`` read the files beside it."""
     values: dict[str, Any] = {}
     if is_hub_id(source.base):
         values["base_model"] = source.base
@@ -71,19 +78,21 @@ def _front_matter(source: Source, merge: bool) -> str:
         values["license"] = licence
         if name:
             values["license_name"] = name.removesuffix(")")
-    values["library_name"] = "diffusers"
+    if "diffusers" in tools:
+        values["library_name"] = "diffusers"
     values["pipeline_tag"] = "text-to-image"
     kind = ["lora"] if source.mode == "lora" and not merge else []
-    values["tags"] = ["apex_fast", "diffusers", "text-to-image", "few-step", source.family, *kind]
+    values["tags"] = ["apex_fast", *tools, "text-to-image", "few-step", source.family, *kind]
     return f"---\n{require('yaml', extra='train').safe_dump(values, sort_keys=False)}---"
 
 
-def _what(source: Source, merge: bool) -> str:
+def what(source: Source, merge: bool, rest: str = " The other parts of the pipeline are the base's own.") -> str:
+    """What was tuned and how, in a paragraph; ``rest`` is said of a merged model of full tuning."""
     base = f"[{source.base}](https://huggingface.co/{source.base})" if is_hub_id(source.base) else f"`{source.base}`"
     kind = "A LoRA on" if source.mode == "lora" else "All parameters of the transformer of"
     merged = " It is merged into the weights here." if source.mode == "lora" and merge else ""
     if source.mode == "full" and merge:
-        merged = " The other parts of the pipeline are the base's own."
+        merged = rest
     return (
         f"{kind} {base}, tuned to make a picture in {_steps(source.steps)} by "
         "[APEX](https://arxiv.org/abs/2604.12322) (self-adversarial training by condition shifting) with apex_fast."
@@ -161,7 +170,8 @@ def snippet(source: Source, merge: bool) -> str:
 
 
 def _modes(source: Source) -> str:
-    rows = [f"| {mode.name} | {'yes' if mode.reproduced else 'no'} | {mode.how} |" for mode in modes(source.family)]
+    table = modes(source.family, source.record.weight_dtype)
+    rows = [f"| {mode.name} | {mode.reproduced} | {mode.how} |" for mode in table]
     return "\n".join(
         [
             "What this pipeline and the exported scheduler reproduce of apex_fast's own sampler, to rounding:",
@@ -176,7 +186,8 @@ def _modes(source: Source) -> str:
     )
 
 
-def _settings(source: Source) -> str:
+def settings_table(source: Source) -> str:
+    """What was trained, on what and how, as a table."""
     record, shift = source.record, source.shift
     rows = [("base model", f"`{source.base}`" + (f", revision `{record.revision}`" if record.revision else ""))]
     if source.mode == "lora":
@@ -193,9 +204,8 @@ def _settings(source: Source) -> str:
     rows.append(("sampling steps", str(source.steps)))
     rows.append(("resolution", f"{source.resolution[0]} x {source.resolution[1]} (height x width)"))
     if shift is not None:
-        learned = ", learned from there" if shift.get("trainable") else ""
-        text = f"c_fake = {shift['scale']:g} c + {shift['bias']:g}, {shift['mode']}{learned}"
-        rows.append(("condition shift", text))
+        text = f"c_fake = {shift['scale']:g} c + {shift['bias']:g}, {shift['mode']}"
+        rows.append(("condition shift", text + _learned(source)))
         rows.append(("site of the shift", str(shift.get("site", "raw"))))
     if source.config.get("loss"):
         rows.append(("loss", str(source.config["loss"])))
@@ -214,7 +224,22 @@ def _settings(source: Source) -> str:
     return text
 
 
-def _metrics(source: Source) -> str:
+def _learned(source: Source) -> str:
+    """Which parts of the shift were learned, and what they came to."""
+    if not source.learned_parts:
+        return ""
+    names = " and ".join(source.learned_parts)
+    if not source.learned_shift:
+        return f", {names} learned from there (what they came to was in checkpoints that are gone)"
+    came = []
+    for name, value in source.learned_shift.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else "{1:.4g} (mean; {0:.4g} to {2:.4g})".format(*value)
+        pooled = " of the pooled text" if name.startswith("pooled_") else ""
+        came.append(f"{name.removeprefix('pooled_')}{pooled} {shown}")
+    return f", {names} learned from there, to {', '.join(came)}"
+
+
+def metrics_table(source: Source) -> str:
     """Scores of the validations, if the run scored any, and what the losses were at the start and the end."""
     parts = []
     scored = [line for line in source.metrics if any(key.startswith("validation/") for key in line)]

@@ -12,7 +12,8 @@ LoRA        ``models/loras/<name>.safetensors``. ComfyUI merges a LoRA into the 
 full        ``models/diffusion_models/<name>.safetensors``: the transformer in the native layout
             (:mod:`~apex_fast.export.comfyui_keys`), without text encoders and VAE, which the run did not change
             and which users of these families load as files of their own. Also a LoRA with ``merge``.
-always      ``workflow.json`` and ``workflow_api.json`` (:mod:`~apex_fast.export.workflow`), ``README.md``
+always      ``workflow.json`` and ``workflow_api.json`` (:mod:`~apex_fast.export.workflow`), and ``README.md``: where to
+            put them, code that queues the workflow, the last grid of the validations, settings and metrics
 ==========  ============================================================================================
 
 rsLoRA is written with the alpha that gives the same scale. DoRA is refused: ComfyUI divides by another norm than peft.
@@ -25,7 +26,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apex_fast.export.card import copy_picture, front_matter_text, metrics_table, settings_table, what
 from apex_fast.export.comfyui_keys import check_family, native_state, place
 from apex_fast.export.source import Source
 from apex_fast.export.stock import merge_adapters
@@ -51,11 +52,12 @@ JOINED = ("to_q", "to_k", "to_v")
 """Layers of Lumina 2 that are one matrix in ComfyUI, in the order of its rows."""
 
 
-def export_comfyui(source: Source, folder: Path, merge: bool) -> list[Path]:
+def export_comfyui(source: Source, folder: Path, merge: bool, say: Callable[[str], None]) -> list[Path]:
     """Writes ``source`` into ``folder``, which is there and empty; returns the files.
 
     merge: for a LoRA, the whole diffusion model with the LoRA in its weights. The adapters of ``source.backbone`` are
         merged into it for good.
+    say: is told of sizes that ComfyUI would take for others.
 
     Raises:
         SettingsError: a family that ComfyUI's core cannot load, or a LoRA that it would not apply as trained.
@@ -65,7 +67,7 @@ def export_comfyui(source: Source, folder: Path, merge: bool) -> list[Path]:
         alone = source.mode == "lora" and not merge
         kind = "loras" if alone else "diffusion_models"
         file = folder / "models" / kind / f"{source.name}.safetensors"
-        state = _lora(source) if alone else _diffusion_model(source)
+        state = _lora(source) if alone else _diffusion_model(source, say)
     except ValueError as error:
         raise SettingsError(f"export: {error}") from error
     file.parent.mkdir(parents=True)
@@ -74,7 +76,8 @@ def export_comfyui(source: Source, folder: Path, merge: bool) -> list[Path]:
     files = [file, folder / "workflow.json", folder / "workflow_api.json", folder / README]
     files[1].write_text(json.dumps(flow.graph(), indent=1) + "\n", encoding="utf-8")
     files[2].write_text(json.dumps(flow.prompt(), indent=1) + "\n", encoding="utf-8")
-    files[3].write_text(_readme(source, flow, file.relative_to(folder)), encoding="utf-8")
+    picture = copy_picture(source, folder)
+    files[3].write_text(_readme(source, flow, file.relative_to(folder), merge, picture), encoding="utf-8")
     return files
 
 
@@ -227,15 +230,14 @@ def unknown_sizes(family: str, config: Any) -> list[str]:
     return [f"{key} is {found}, not {needed}" for key, (found, needed) in sizes.items() if found != needed]
 
 
-def _diffusion_model(source: Source) -> dict[str, Tensor]:
+def _diffusion_model(source: Source, say: Callable[[str], None]) -> dict[str, Tensor]:
     transformer = source.backbone.transformer
     if source.mode == "lora":
         merge_adapters(source.backbone, source.merged)
     if unknown := unknown_sizes(source.family, transformer.config):
-        warnings.warn(
-            f"export: ComfyUI knows the sizes of the published {source.family} models and would not load this one: "
-            + "; ".join(unknown),
-            stacklevel=2,
+        say(
+            f"ComfyUI knows the sizes of the published {source.family} models and would not load this one: "
+            + "; ".join(unknown)
         )
     state = {name: value.detach().cpu() for name, value in transformer.state_dict().items()}
     return {name: value.contiguous() for name, value in native_state(source.family, state).items()}
@@ -244,20 +246,46 @@ def _diffusion_model(source: Source) -> dict[str, Tensor]:
 # ---- what to copy where
 
 
-def _readme(source: Source, flow: Workflow, file: Path) -> str:
-    places = "\n".join(f"| `{name}` | `ComfyUI/models/{folder}/` | {origin} |" for name, folder, origin in flow.files)
-    return f"""# {source.name} for ComfyUI
+SNIPPET = """import json
+from urllib.request import Request, urlopen
 
-1. Copy the folder `models/` over the one of ComfyUI: `{file}` goes to `ComfyUI/{file}`.
-2. Have the other files of the table there too. Other precisions of them work; choose yours in the loader nodes.
-3. Open `workflow.json` (menu, or drop it on the window) and run it. `workflow_api.json` is the same for `POST /prompt`.
+server = "http://127.0.0.1:8188"
+folder = "."  # of this file
+prompt = {prompt}
+seed = 0
 
-| file | folder | from |
-| --- | --- | --- |
-{places}
-
-{flow.note}
-
-Base model: {source.base}. Its licence: {source.licence}. Keys and nodes are those of ComfyUI's public repository; this
-export was not tried in ComfyUI itself.
+with open(f"{{folder}}/workflow_api.json", encoding="utf-8") as file:
+    workflow = json.load(file)
+for node in workflow.values():
+    for name, value in (("text", prompt), ("user_prompt", prompt), ("seed", seed)):
+        if name in node["inputs"]:
+            node["inputs"][name] = value
+body = json.dumps({{"prompt": workflow}}).encode()
+with urlopen(Request(f"{{server}}/prompt", body, {{"Content-Type": "application/json"}})) as answer:
+    print(json.load(answer))
 """
+"""Queues the workflow on a ComfyUI that runs."""
+
+
+def _readme(source: Source, flow: Workflow, file: Path, merge: bool, picture: str) -> str:
+    places = "\n".join(f"| `{name}` | `ComfyUI/models/{folder}/` | {origin} |" for name, folder, origin in flow.files)
+    metrics = metrics_table(source)
+    parts = [
+        front_matter_text(source, merge, ("comfyui",)),
+        f"# {source.name} for ComfyUI",
+        what(source, merge, rest=""),
+        picture,
+        "## Use it",
+        f"""1. Copy the folder `models/` over the one of ComfyUI: `{file}` goes to `ComfyUI/{file}`.
+2. Have the other files of the table there too. Other precisions of them work; choose yours in the loader nodes.
+3. Open `workflow.json` (menu, or drop it on the window) and run it. `workflow_api.json` is the same for `POST /prompt`;
+   the code below sends it.""",
+        f"| file | folder | from |\n| --- | --- | --- |\n{places}",
+        flow.note,
+        f"```python\n{SNIPPET.format(prompt=json.dumps(source.prompt, ensure_ascii=False))}```",
+        "Keys and nodes are those of ComfyUI's public repository; this export was not tried in ComfyUI itself.",
+        "## How it was made",
+        settings_table(source),
+        *(["## Metrics", metrics] if metrics else []),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

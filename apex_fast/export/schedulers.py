@@ -6,13 +6,14 @@ picture), no stretching towards a terminal sigma. With it the sigmas of one step
 the models come with do other things there: SANA's starts at 0.9997, and Qwen-Image's divides 0 by 0.
 
 What differs by family is the call (:data:`STOCK`): how guidance is turned off, which sigmas N steps have if none are
-given, and whether the pipeline hands its generator to a scheduler that draws new noise in every step.
+given, whether the pipeline hands its generator to a scheduler that draws new noise in every step, and whether it rounds
+the time that it tells the network.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from apex_fast.backbones.loading import backbone_class
 from apex_fast.extras import require
@@ -43,19 +44,22 @@ class Stock:
             sigma is 0.001: the grid has one interval less, and the last step hardly moves.
         seeds_scheduler: whether the pipeline gives its ``generator`` to the scheduler. Where not, new noise comes from
             torch's global generator.
+        bf16_time: what a network in bf16 is told in place of 0.75, the second of four times. Where it is not 0.75, the
+            pipeline rounds 1000 t to the 8 significant bits of that dtype (the other times stay as they are).
     """
 
     unguided: dict[str, Any] = field(default_factory=dict)
     uniform: bool = True
     seeds_scheduler: bool = False
+    bf16_time: float = 0.75
 
 
 STOCK: dict[str, Stock] = {
     "sana": Stock({"guidance_scale": 1.0, "use_resolution_binning": False}, uniform=False, seeds_scheduler=True),
     # Guided only with a negative prompt; 1 says so, and keeps the pipeline from warning that there is none.
-    "qwen_image": Stock({"true_cfg_scale": 1.0}),
+    "qwen_image": Stock({"true_cfg_scale": 1.0}, bf16_time=0.754),
     # No classifier-free guidance; what the weights take as an input comes from call_arguments.
-    "flux": Stock(),
+    "flux": Stock(bf16_time=0.752),
     "z_image": Stock({"guidance_scale": 0.0}),
     "stable_diffusion_3": Stock({"guidance_scale": 1.0}, uniform=False),
     "lumina2": Stock({"guidance_scale": 1.0}),
@@ -65,17 +69,24 @@ STOCK: dict[str, Stock] = {
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to sample, and what the stock pipeline makes of it: ``name``, whether it is ``reproduced``, and ``how``
-    in words."""
+    """One way to sample, and what the stock pipeline makes of it: ``name``, whether it is ``reproduced`` ("yes", or
+    what is off), and ``how``, all in words."""
 
     name: str
-    reproduced: bool
+    reproduced: str
     how: str
 
 
-def modes(family: str) -> tuple[Mode, ...]:
-    """The table of the model card: one step, a few Euler steps, a few steps with new noise in each."""
+def modes(family: str, weight_dtype: Literal["fp32", "bf16"]) -> tuple[Mode, ...]:
+    """The table of the model card for a pipeline in ``weight_dtype``: one step, a few Euler steps, a few steps with new
+    noise in each."""
     stock = STOCK[family]
+    several = "yes"
+    if stock.bf16_time != 0.75 and weight_dtype == "bf16":
+        several = (
+            f"2 steps yes; at 4 the network is told the time {stock.bf16_time} in place of 0.75, since this pipeline "
+            "rounds times to bf16"
+        )
     if stock.uniform:
         grid = "without `sigmas=` this pipeline takes the same times"
     else:
@@ -88,9 +99,9 @@ def modes(family: str) -> tuple[Mode, ...]:
             "one: `torch.manual_seed`"
         )
     return (
-        Mode("1 step", True, "by the scheduler's configuration alone"),
-        Mode("2 or 4 steps, Euler", True, f"with `sigmas=` as in the code; {grid}"),
-        Mode("2 or 4 steps, new noise in each", True, noise),
+        Mode("1 step", "yes", "by the scheduler's configuration alone"),
+        Mode("2 or 4 steps, Euler", several, f"with `sigmas=` as in the code; {grid}"),
+        Mode("2 or 4 steps, new noise in each", several, noise),
     )
 
 

@@ -3,9 +3,9 @@
 ==========  ============================================================================================
 LoRA        ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights``; its header has rank and alpha as
             diffusers reads them (``lora_adapter_metadata``), and the facts of :attr:`Source.metadata`
-full        ``transformer/``, for ``from_pretrained``
-merged      ``model_index.json``, ``transformer/`` with the LoRA in its weights, and every other part of the base,
-            copied as it is, for ``DiffusionPipeline.from_pretrained``
+full        ``transformer/``, for ``from_pretrained``; the header of each weight file has the same facts
+merged      ``model_index.json``, ``transformer/`` with the LoRA in its weights and the facts in its headers, and
+            every other part of the base, copied as it is, for ``DiffusionPipeline.from_pretrained``
 always      ``scheduler/scheduler_config.json`` (:mod:`apex_fast.export.schedulers`)
 ==========  ============================================================================================
 
@@ -15,9 +15,10 @@ A LoRA that the run started from and left as it is lies beside as ``start_lora.s
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,27 @@ def _write_transformer(source: Source, folder: Path) -> None:
     else:
         # The average, which is what is exported, is not what lies in the checkpoint's own model folder.
         source.backbone.transformer.save_pretrained(folder / TRANSFORMER, safe_serialization=True)
+    add_facts(folder / TRANSFORMER, source.metadata)
+
+
+def add_facts(folder: Path, facts: Mapping[str, str]) -> None:
+    """Writes ``facts`` into the header of every safetensors file of ``folder``, beside what it says already.
+
+    The tensors are copied as bytes: diffusers writes such files with a header of its own, and a transformer may be
+    larger than the memory.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        partial = file.with_name(f".{file.name}.partial")
+        # A file begins with the length of its header (8 bytes, little endian) and the header, in JSON. Where a tensor
+        # lies is counted from the header's end.
+        with file.open("rb") as old, partial.open("wb") as new:
+            header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+            header["__metadata__"] = {**header.get("__metadata__", {}), **facts, "format": "pt"}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            new.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(old, new, 1 << 24)
+        os.replace(partial, file)
 
 
 def _check_base(source: Source) -> None:
@@ -143,6 +165,7 @@ def _write_pipeline(source: Source, folder: Path) -> None:
         pipeline.scheduler = scheduler()
         pipeline.save_pretrained(folder, safe_serialization=True)
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    add_facts(folder / TRANSFORMER, source.metadata)
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     index.pop("_name_or_path", None)
     # Last, so that a folder with an index is a complete one.

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from apex_fast.extras import require
+from apex_fast.training.models import is_hub_id
+from apex_fast.training.results import MODEL_FOLDER
 
 README = "README.md"
 
@@ -14,7 +16,7 @@ def licence_of(model: Path | str, revision: str | None = None) -> str | None:
     """The licence that the model card of ``model`` names, such as "apache-2.0" or "other (its name)"; None where no
     card says it.
 
-    model: a folder, or a hub id whose card is looked for in the cache alone: nothing is downloaded.
+    model: a folder, there or gone, or a hub id whose card is looked for in the cache alone: nothing is downloaded.
     """
     card = _card(model, revision)
     if card is None:
@@ -48,9 +50,16 @@ def front_matter(text: str) -> dict[str, Any]:
 def _card(model: Path | str, revision: str | None) -> Path | None:
     folder = Path(model)
     if folder.is_dir():
-        # A card may lie beside the model, or beside the folder of the model in a run.
-        return next((f for f in (folder / README, folder.parent / README) if f.is_file()), None)
-    if isinstance(model, Path) or "/" not in model:
+        # The card of a run lies beside the folder of its model; what lies beside any other folder is of something else.
+        own = folder.name == MODEL_FOLDER and (folder.parent / "config.yaml").is_file()
+        places = (folder / README, *([folder.parent / README] if own else []))
+        return next((file for file in places if file.is_file()), None)
+    if isinstance(model, Path) or not is_hub_id(model):
         return None
-    found = require("huggingface_hub", extra="train").try_to_load_from_cache(model, README, revision=revision)
+    hub = require("huggingface_hub", extra="train")
+    try:
+        found = hub.try_to_load_from_cache(model, README, revision=revision)
+    except hub.errors.HFValidationError:
+        # A folder that is gone may look like owner/name and hold letters that no name on the hub has.
+        return None
     return Path(found) if isinstance(found, str) else None
