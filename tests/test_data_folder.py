@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from apex_fast.data.folder import BrokenPictureError, PictureFolder, read_picture
+from apex_fast.data.source import BROKEN, Source, TooManyBadError, open_source
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -189,13 +191,111 @@ def test_a_broken_picture_is_named(tmp_path: Path, harm: str) -> None:
         read_picture(path, 8, 8)
 
 
-def test_dropping_keeps_pairs_together_and_ends_with_an_error(tmp_path: Path) -> None:
-    for number in range(3):
-        picture(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text(f"caption {number}")
-    found = PictureFolder.open(tmp_path)
-    found.drop([1], "broken")
-    assert [p.stem for p in found.files] == ["0", "2"] and found.captions == ["caption 0", "caption 2"]
-    assert found.warnings() == ["1 left out, broken: 1.png"] and len(found) == 2
-    with pytest.raises(ValueError, match="nothing in .* can be used: 3 left out, broken"):
-        found.drop([0, 1], "broken")
+# ---- what the run does with broken ones
+
+
+def folder_of(folder: Path, count: int, empty: int = 0) -> Path:
+    """A folder of ``count`` good pairs and ``empty`` with an empty caption."""
+    for number in range(count + empty):
+        picture(folder / f"{number:03}.png")
+        (folder / f"{number:03}.txt").write_text(f"caption {number}" if number < count else " ")
+    return folder
+
+
+def test_indices_stay_when_a_picture_turns_out_to_be_broken(tmp_path: Path) -> None:
+    found = PictureFolder.open(folder_of(tmp_path, 4))
+    (tmp_path / "001.png").write_bytes(b"")
+    good = []
+    for sample in found.samples():
+        try:
+            sample.open()
+            good.append((sample.index, sample.name, sample.caption))
+        except BrokenPictureError:
+            found.leave_out(BROKEN, sample.name)
+    assert good == [(i, f"00{i}.png", f"caption {i}") for i in (0, 2, 3)]
+    assert len(found) == 4 and found.warnings() == ["1 left out, not a picture that can be read: 001.png"]
+    assert [sample.index for sample in found.samples(2)] == [2, 3]
+    found.check_left(3)
+    with pytest.raises(ValueError, match="nothing in .* can be used: 1 left out, not a picture that can be read"):
+        found.check_left(0)
+
+
+@pytest.mark.parametrize(
+    ("good", "empty", "share", "allowed"),
+    [
+        (9, 1, 0.05, True),  # a single one never stops a run
+        (8, 2, 0.05, False),
+        (8, 2, 0.2, True),
+        (9, 1, 0.0, False),  # unless none is allowed
+        (38, 2, 0.05, True),
+        (37, 3, 0.05, False),
+        (1, 9, 1.0, True),
+    ],
+)
+def test_more_than_a_share_of_bad_pairs_stops_the_run(
+    tmp_path: Path, good: int, empty: int, share: float, allowed: bool
+) -> None:
+    folder = folder_of(tmp_path / "data", good, empty)
+    if allowed:
+        assert len(PictureFolder.open(folder, max_bad_share=share)) == good
+        return
+    with pytest.raises(
+        TooManyBadError,
+        match=rf"dataset_name: {empty} of {good + empty} in {folder} cannot be used, and max_bad_share \({share:g}\) "
+        rf"allows {int(share * (good + empty)) or int(share > 0)}: {empty} left out, empty caption: .*Mend or remove",
+    ):
+        PictureFolder.open(folder, max_bad_share=share)
+
+
+def test_pictures_that_break_later_count_with_the_listing(tmp_path: Path) -> None:
+    found = PictureFolder.open(folder_of(tmp_path, 36, 4), max_bad_share=0.125)
+    found.leave_out(BROKEN, "000.png")
+    with pytest.raises(TooManyBadError, match=r"6 of 40 .* allows 5: 4 left out, empty caption: .*; 2 left out, not a"):
+        found.leave_out(BROKEN, "001.png")
+
+
+def test_a_choice_of_pictures_is_not_damage(tmp_path: Path) -> None:
+    folder_of(tmp_path, 20)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "the one"}')
+    found = PictureFolder.open(tmp_path, max_bad_share=0.05)
+    assert found.bad == 0 and "19 left out, not named in metadata.jsonl" in found.warnings()[0]
+
+
+def test_the_key_of_the_captions_can_be_named(tmp_path: Path) -> None:
+    folder_of(tmp_path, 1)
+    with pytest.raises(ValueError, match="caption_column: title is a key of metadata.jsonl, and .* has none; leave it"):
+        PictureFolder.open(tmp_path, caption_column="title")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "a", "title": "b"}')
+    assert PictureFolder.open(tmp_path, caption_column="title").captions == ["b"]
+    with pytest.raises(
+        ValueError, match="expected the keys file_name and name, got .*; write caption_column if another"
+    ):
+        PictureFolder.open(tmp_path, caption_column="name")
+
+
+# ---- which source a name means
+
+
+def opened(name: object, **more: object) -> Source:
+    keys = {"image_column": None, "caption_column": None, "dataset_split": None, "max_bad_share": 0.05}
+    return open_source(SimpleNamespace(dataset_name=str(name), **{**keys, **more}))
+
+
+def test_the_name_of_the_data_set_tells_its_kind(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    from data_cases import pairs, write_tar
+
+    folder = folder_of(tmp_path / "folder", 1)
+    shard = write_tar(tmp_path / "shards" / "a.tar", pairs(2))
+    assert [type(opened(name)).__name__ for name in (folder, shard)] == ["PictureFolder", "TarShards"]
+    for name, more, message in (
+        (tmp_path / "gone", {}, "is no folder; write the folder of your pictures, or digits .*hub:OWNER/NAME"),
+        (shard.parent, {}, "has no pictures, but .tar files; WebDataset shards are .*/[*].tar"),
+        (folder, {"image_column": "x"}, "image_column: .* is a folder of pictures, which has no columns"),
+        (folder, {"dataset_split": "train"}, "dataset_split: .* has no splits"),
+        (shard, {"dataset_split": "train"}, "dataset_split: .* has no splits"),
+        ("pipe:cat x", {}, "pipe: sources are refused"),
+        ("hf://datasets/owner/name", {}, "hf: sources are not read; .*hub:OWNER/NAME"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            opened(name, **more)
