@@ -1,31 +1,40 @@
 """Everything that is encoded once, before the first step: pictures by the VAE, prompts by the text encoders, which are
 then dropped.
+
+Either into memory, by :func:`encode_data` in the run itself, or into files that many processes write together
+(:mod:`apex_fast.caching`). Both make the same calls, so that both give the same bits: captions are encoded in groups of
+``PROMPTS_AT_ONCE`` in the order of the data, the other prompts of a run one by one, and a picture's latents are drawn
+with a generator of their own, whose seed is made of the run's and of the picture's index.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from apex_fast.backbones.base import Backbone
+from apex_fast.command import command_name
 from apex_fast.condition import Condition, condition_tensors
-from apex_fast.data.folder import BrokenPictureError, PictureFolder, read_picture
-from apex_fast.training.batches import PromptTable, TextImages, load_digits
+from apex_fast.data.pictures import picture_tensor
+from apex_fast.data.prompts import PromptFile
+from apex_fast.data.source import BROKEN, BrokenPictureError, Sample, Source, open_source
+from apex_fast.training.batches import PromptTable, Samples, TextImages, TextTable, load_digits
+from apex_fast.training.buckets import buckets_for
 from apex_fast.training.config import DIGITS, TrainConfig
 from apex_fast.training.guidance import RealGuidance
 from apex_fast.training.memory import release
 from apex_fast.training.settings import SettingsError
 
+if TYPE_CHECKING:
+    from apex_fast.caching.reading import Cache
+
 PROMPTS_AT_ONCE = 8
-PICTURES_AT_ONCE = 1
 SHARE_OF_MEMORY = 0.5
 """Share of the machine's memory that latents and embeddings may take."""
 _REPORT_SECONDS = 10.0
@@ -43,41 +52,54 @@ class Encoded:
         warnings: what was left out of the data.
     """
 
-    data: TextImages
-    table: PromptTable | None = None
+    data: Samples
+    table: TextTable | None = None
     negative: Condition | None = None
     warnings: list[str] = field(default_factory=list)
 
 
-def open_data(config: TrainConfig) -> TextImages | PictureFolder:
+class PromptSamples:
+    """Prompts without pictures, for runs whose samples are drawn in the step: images are zeros of ``shape``."""
+
+    def __init__(self, prompts: list[str], shape: tuple[int, ...]) -> None:
+        self.vocabulary: list[str] | None = prompts
+        self.shape = shape
+        self.buckets = [torch.arange(len(prompts))]
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.vocabulary or [])
+
+    def images(self, chosen: Tensor) -> Tensor:
+        """Zeros ``[len(chosen), C, h, w]``."""
+        return torch.zeros(len(chosen), *self.shape)
+
+    def prompts(self, chosen: Tensor, generator: torch.Generator) -> list[str]:
+        """See :class:`~apex_fast.training.batches.Samples`."""
+        assert self.vocabulary is not None
+        return [self.vocabulary[i] for i in chosen.tolist()]
+
+
+def open_data(config: TrainConfig) -> TextImages | Source:
     """The data set of a run, before a model is there to encode it; mistakes in it are found at once.
 
     Raises:
-        FileNotFoundError, SettingsError: no such folder, or nothing in it that can be used.
+        FileNotFoundError, SettingsError: no such data, or nothing in it that can be used.
+        ImportError: the package that reads it is missing.
     """
-    if config.dataset_name == DIGITS:
+    if config.dataset_name == DIGITS and config.prompts is None:
         return load_digits()
     try:
-        return PictureFolder.open(config.dataset_name)
+        return open_source(config) if config.prompts is None else PromptFile.open(config.prompts)
     except FileNotFoundError:
         raise
     except ValueError as error:
         raise SettingsError(str(error)) from error
 
 
-def data_digest(source: TextImages | PictureFolder) -> dict[str, Any] | None:
-    """What tells later whether a folder still holds the same pictures and captions; None for data that ships.
-
-    ``names`` are those of the files inside the folder: it may be moved.
-    """
-    if not isinstance(source, PictureFolder):
-        return None
-    names = [source.name(file) for file in source.files]
-    digests = {
-        key: hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        for key, texts in (("names", names), ("captions", source.captions))
-    }
-    return {"count": len(names), **digests}
+def data_digest(source: TextImages | Source) -> dict[str, Any] | None:
+    """What tells later whether a source still lists the same pictures and captions; None for data that ships."""
+    return source.digest() if isinstance(source, Source) else None
 
 
 def picture_size(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:
@@ -92,29 +114,86 @@ def picture_size(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:
     return config.image_size
 
 
-def encode_text(backbone: Backbone, prompts: list[str], *, negative: bool = False) -> Condition:
+SizeOf = Callable[[int, int], tuple[int, int]]
+"""(height, width) that a picture of (width, height) is brought to."""
+
+
+def size_rule(config: TrainConfig, backbone: Backbone) -> SizeOf:
+    """What decides the size that each picture is brought to: the run's one size, or its buckets.
+
+    Raises:
+        SettingsError: sizes that the model cannot make.
+    """
+    return buckets_for(config, picture_size(config, backbone), backbone.size_multiple).of
+
+
+# ---- one thing at a time
+
+
+def encode_text(backbone: Backbone, prompts: Sequence[str], *, negative: bool = False) -> Condition:
     """The condition of many prompts, a few at a time; embeddings on the CPU."""
     parts = [
-        backbone.encode(prompts[i : i + PROMPTS_AT_ONCE], negative=negative).to("cpu")
+        backbone.encode(list(prompts[i : i + PROMPTS_AT_ONCE]), negative=negative).to("cpu")
         for i in range(0, len(prompts), PROMPTS_AT_ONCE)
     ]
     return parts[0] if len(parts) == 1 else Condition.cat(parts)
 
 
+def encode_prompts(backbone: Backbone, captions: Sequence[str], extra: Sequence[str]) -> Condition:
+    """The condition of ``captions``, in groups, and of ``extra``, each alone; on the CPU."""
+    return Condition.cat(
+        [*([encode_text(backbone, captions)] if captions else []), *(encode_text(backbone, [one]) for one in extra)]
+    )
+
+
+def extra_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
+    """What a run needs beside its captions: the validation prompts, and the empty one where captions are dropped."""
+    known = set(captions)
+    wanted = [*config.validation_prompts, *([""] if config.proportion_empty_prompts > 0 else [])]
+    return [prompt for prompt in dict.fromkeys(wanted) if prompt not in known]
+
+
+def sample_generator(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for the sample ``index`` alone, so that neither the order of samples nor what was left out before
+    it changes what is drawn for it."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + index) % (1 << 63))
+
+
+def encode_sample(backbone: Backbone, sample: Sample, size: SizeOf, seed: int, device: torch.device) -> Tensor:
+    """Latents ``[C, h, w]`` of one sample in the dtype of the VAE, on the CPU. BrokenPictureError for a picture that
+    cannot be read."""
+    picture = sample.open()
+    pixels = picture_tensor(picture, *size(*picture.size))[None]
+    vae = backbone.components.get("vae")
+    generator = None if vae is None else sample_generator(seed, sample.index, vae.device)
+    return backbone.encode_images(pixels.to(device), generator)[0].cpu()
+
+
+# ---- all of it, into memory
+
+
 def encode_data(
     config: TrainConfig,
     backbone: Backbone,
-    source: TextImages | PictureFolder,
+    source: TextImages | Source | None,
     device: torch.device,
     guidance: RealGuidance | None,
     say: Callable[[str], None],
+    *,
+    cache: Cache | None = None,
 ) -> Encoded:
     """Encodes what can be encoded before the run, on ``device``, and drops the parts that did it: always the text
     encoders of a pipeline, and its VAE unless validation pictures are wanted.
 
+    source: the data; None where a cache stands for it.
+    cache: what is encoded already; ``backbone`` then needs neither text encoders nor VAE.
+
     Raises:
-        SettingsError: data that this model cannot take, or more of it than fits into memory.
+        SettingsError: data that this model cannot take, more of it than fits into memory, or a cache of something else.
     """
+    if cache is not None:
+        return cache.encoded(backbone, device, guidance, say)
+    assert source is not None
     _check_shape(config, backbone, source)
     if backbone.text is not None:
         # Its text encoder is small, may be trained along, and answers whenever it is asked.
@@ -130,109 +209,124 @@ def encode_data(
             f"pretrained_model_name_or_path: {config.pretrained_model_name_or_path} has no {', '.join(missing)}, so "
             "prompts and pictures cannot be encoded; write the folder or hub id of the whole pipeline"
         )
-    captions = source.captions if isinstance(source, PictureFolder) else source.vocabulary or []
-    prompts = list(dict.fromkeys([*captions, *config.validation_prompts]))
-    if config.proportion_empty_prompts > 0 and "" not in prompts:
-        prompts.append("")
+    captions = list(dict.fromkeys(source.captions if isinstance(source, Source) else source.vocabulary or []))
+    extra = extra_prompts(config, captions)
     # One after the other, so that text encoders, VAE and transformer are never on the device together.
     move_parts(backbone, backbone.text_parts, device)
-    _check_memory(config, backbone, len(source), prompts)
-    table = PromptTable(lambda texts: encode_text(backbone, texts), prompts, device)
+    _check_memory(config, backbone, source, [*captions, *extra])
+    table = PromptTable(lambda _: encode_prompts(backbone, captions, extra), [*captions, *extra], device)
     negative = None
     if guidance is not None:
         negative = encode_text(backbone, [guidance.negative_prompt], negative=True).to(device)
     backbone.free_text_encoders()
     release()
     data, warnings = _samples(config, backbone, source, device, say)
-    if config.validation_steps is None or not config.validation_prompts:
+    if not config.draws_pictures:
         backbone.free_vae()
         release()
+    pictures = f"{len(data)} pictures to {size_text(data.bytes)} of latents and " if data.bytes else ""
     say(
-        f"encoded {len(data)} pictures to {_size(data.images.numel() * data.images.element_size())} of latents and "
-        f"{len(prompts)} prompts to {_size(table.bytes)} of embeddings, kept in memory"
+        f"encoded {pictures}{len(captions) + len(extra)} prompts to {size_text(table.bytes)} of embeddings, kept in "
+        "memory"
     )
     return Encoded(data, table, negative, warnings)
 
 
-def _check_shape(config: TrainConfig, backbone: Backbone, source: TextImages | PictureFolder) -> None:
-    if isinstance(source, PictureFolder):
-        if backbone.text is None:
-            return
-        found: tuple[int, ...] = (3, *picture_size(config, backbone))
-    else:
-        found = tuple(source.images.shape[1:])
-    wanted = backbone.sample_shape
-    if found[0] != wanted[0] or (config.dataset_name == DIGITS and found != wanted):
+def check_text_encoders(config: TrainConfig, parameters: int, processes: int) -> None:
+    """SettingsError if each of ``processes`` would load text encoders of more than ``max_uncached_text_parameters``."""
+    limit = config.max_uncached_text_parameters
+    if limit is not None and parameters > limit:
         raise SettingsError(
-            f"dataset_name: {config.dataset_name} gives samples of the shape {list(found)}, and this "
-            f"{backbone.family} model takes {list(wanted)}"
+            f"max_uncached_text_parameters: each of {processes} processes would put text encoders of "
+            f"{parameters / 1e9:.1f} billion parameters on its GPU to encode the same prompts, and the limit is "
+            f"{limit / 1e9:g} billion; encode once, with as many processes as you like, and start the run again: "
+            f"{command_name()} cache CONFIG (with the same config and keys); or write "
+            "max_uncached_text_parameters: null"
         )
+
+
+def _check_shape(config: TrainConfig, backbone: Backbone, source: TextImages | Source) -> None:
+    wanted = backbone.sample_shape
+    if isinstance(source, Source):
+        # Before the text is encoded, which may take hours.
+        size_rule(config, backbone)
+        if backbone.text is None:
+            # A size that the model cannot make is a mistake to be told before prompts are encoded for hours.
+            size_rule(config, backbone)
+            return
+        shapes: list[tuple[int, ...]] = [(3, *picture_size(config, backbone))]
+    else:
+        shapes = source.shapes
+    for found in shapes:
+        if found[0] != wanted[0] or (config.dataset_name == DIGITS and found != wanted):
+            raise SettingsError(
+                f"dataset_name: {config.dataset_name} gives samples of the shape {list(found)}, and this "
+                f"{backbone.family} model takes {list(wanted)}"
+            )
 
 
 def _samples(
     config: TrainConfig,
     backbone: Backbone,
-    source: TextImages | PictureFolder,
+    source: TextImages | Source,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[TextImages, list[str]]:
+) -> tuple[TextImages | PromptSamples, list[str]]:
     """The samples in the space of the network, and what was left out."""
-    if not isinstance(source, PictureFolder):
+    if not isinstance(source, Source):
         return source, []
-    latents = _encode_pictures(config, backbone, source, device, say)
-    captions = source.captions
-    return TextImages(latents, lambda chosen, _: [captions[i] for i in chosen.tolist()], captions), source.warnings()
+    if isinstance(source, PromptFile):
+        # Samples of the student are drawn in the step; those of the base come from a cache.
+        return PromptSamples(source.captions, backbone.latent_shape(*picture_size(config, backbone))), []
+    latents, kept = _encode_pictures(config, backbone, source, device, say)
+    captions = [source.captions[i] for i in kept]
+    same = all(one.shape == latents[0].shape for one in latents)
+    data = TextImages(
+        torch.stack(latents) if same else latents, lambda chosen, _: [captions[i] for i in chosen.tolist()], captions
+    )
+    return data, source.warnings()
 
 
 def _encode_pictures(
-    config: TrainConfig, backbone: Backbone, source: PictureFolder, device: torch.device, say: Callable[[str], None]
-) -> Tensor:
-    """Latents ``[N, C, h, w]`` fp32 on the CPU; broken pictures are left out of ``source``."""
-    height, width = picture_size(config, backbone)
+    config: TrainConfig, backbone: Backbone, source: Source, device: torch.device, say: Callable[[str], None]
+) -> tuple[list[Tensor], list[int]]:
+    """Latents ``[C, h, w]`` fp32 on the CPU, and the indices of their samples: broken pictures are left out."""
     move_parts(backbone, ("vae",), device)
-    vae = backbone.components.get("vae")
-    generator = None if vae is None else torch.Generator(vae.device).manual_seed(config.seed)
+    size = size_rule(config, backbone)
     latents: list[Tensor] = []
-    broken: list[int] = []
-    waiting: list[Tensor] = []
+    kept: list[int] = []
     said = time.monotonic()
-
-    def encode() -> None:
-        if waiting:
-            batch = torch.stack(waiting).to(device)
-            waiting.clear()
-            latents.append(backbone.encode_images(batch, generator).float().cpu())
-
-    for index, file in enumerate(source.files):
-        try:
-            waiting.append(read_picture(file, height, width))
-        except BrokenPictureError:
-            broken.append(index)
-        if len(waiting) == PICTURES_AT_ONCE:
-            encode()
-        if time.monotonic() - said > _REPORT_SECONDS:
-            say(f"encoding pictures: {index + 1} of {len(source)}")
-            said = time.monotonic()
-    encode()
     try:
-        source.drop(broken, "not a picture that can be read")
+        for sample in source.samples():
+            try:
+                latents.append(encode_sample(backbone, sample, size, config.seed, device).float())
+                kept.append(sample.index)
+            except BrokenPictureError:
+                source.leave_out(BROKEN, sample.name)
+            if time.monotonic() - said > _REPORT_SECONDS:
+                say(f"encoding pictures: {sample.index + 1} of {len(source)}")
+                said = time.monotonic()
+        source.check_left(len(kept))
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    return torch.cat(latents)
+    return latents, kept
 
 
-def _check_memory(config: TrainConfig, backbone: Backbone, count: int, prompts: list[str]) -> None:
+def _check_memory(config: TrainConfig, backbone: Backbone, source: TextImages | Source, prompts: list[str]) -> None:
     """SettingsError, before hours of encoding, if latents and embeddings would take too much memory."""
     one = encode_text(backbone, prompts[:1])
     text = len(prompts) * sum(part.numel() * part.element_size() for part in condition_tensors(one))
-    channels, height, width = backbone.latent_shape(*picture_size(config, backbone))
-    pictures = count * channels * height * width * 4
+    pictures = 0
+    if isinstance(source, Source) and not isinstance(source, PromptFile):
+        channels, height, width = backbone.latent_shape(*picture_size(config, backbone))
+        pictures = len(source) * channels * height * width * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if text + pictures > SHARE_OF_MEMORY * memory:
         raise SettingsError(
-            f"dataset_name: {count} pictures make {_size(pictures)} of latents and {len(prompts)} prompts about "
-            f"{_size(text)} of embeddings, and at most half of this machine's {_size(memory)} may go to them; take "
-            "fewer pictures, or a smaller resolution or max_sequence_length"
+            f"dataset_name: {len(source)} pictures make {size_text(pictures)} of latents and {len(prompts)} prompts "
+            f"about {size_text(text)} of embeddings, and at most half of this machine's {size_text(memory)} may go to "
+            f"them; encode them into files first, from which the run reads what it needs: {command_name()} cache "
+            "CONFIG. Or take fewer pictures, or a smaller resolution or max_sequence_length"
         )
 
 
@@ -244,5 +338,6 @@ def move_parts(backbone: Backbone, names: tuple[str, ...], device: torch.device)
             part.to(device)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes for people: "1.5 GiB", "20.0 MiB"."""
     return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
