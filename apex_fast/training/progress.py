@@ -1,19 +1,22 @@
-"""What a run tells: a progress bar or plain lines, ``metrics.jsonl``, and TensorBoard."""
+"""What a run tells: a progress bar or plain lines, ``metrics.jsonl``, and TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
 from apex_fast.extras import require
+from apex_fast.training.phases import duration
 
 
 class MetricsFile:
@@ -35,11 +38,47 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """One line; null stands for a number that is not finite, which JSON does not know."""
+        told = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, **told}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+class Board(Protocol):
+    """Where numbers and pictures go besides metrics.jsonl."""
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """The numbers in ``values``; texts are left out."""
+
+    def image(self, step: int, name: str, pixels: Any) -> None:
+        """``pixels``: uint8 array [H, W, 3]."""
+
+    def close(self) -> None:
+        """Writes what is not written yet."""
+
+
+def open_board(
+    kind: str, folder: Path, *, step: int, name: str | None = None, settings: Mapping[str, Any] | None = None
+) -> Board | None:
+    """What ``report_to`` asks for: "tensorboard", "wandb", or None for "none".
+
+    Args:
+        folder: of the run.
+        step: finished steps; a resumed run writes those after it anew.
+        name: of the run.
+        settings: its keys and values.
+
+    Raises:
+        ImportError: the package is not installed; the message names the extra that brings it.
+    """
+    if kind == "tensorboard":
+        return TensorBoard(folder / "tensorboard", purge_step=step + 1)
+    if kind == "wandb":
+        return WeightsAndBiases(folder, name=name or folder.resolve().name, settings=settings or {})
+    return None
 
 
 class TensorBoard:
@@ -53,21 +92,67 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, (int, float)):
+            if _is_number(value):
                 self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, pixels: Any) -> None:
-        """``pixels``: uint8 array [H, W, 3]."""
         self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
 
 
-class Console:
-    """A tqdm bar on a terminal, a plain line every few seconds elsewhere; messages go above the bar.
+class WeightsAndBiases:
+    """The same for Weights & Biases, under a project of the name in WANDB_PROJECT or "apex_fast".
 
-    ``every`` is the least time between plain lines in seconds, ``unit`` what is counted, in the singular."""
+    A resumed run goes on under its own id, which is kept in ``wandb_run_id`` in the folder of the run; steps that it
+    repeats are there twice. WANDB_MODE=offline writes everything into ``wandb/`` there and sends nothing.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    STEP = "training_step"
+
+    def __init__(self, folder: Path, *, name: str, settings: Mapping[str, Any]) -> None:
+        self._wandb = require("wandb", extra="wandb")
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / "wandb_run_id"
+        identity = kept.read_text(encoding="utf-8").strip() if kept.is_file() else secrets.token_hex(4)
+        self._run = self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "apex_fast"),
+            name=name,
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            config=dict(settings),
+        )
+        # Its own counter only goes up, and a resumed run repeats steps.
+        self._run.define_metric("*", step_metric=self.STEP)
+        kept.write_text(identity + "\n", encoding="utf-8")
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in values.items() if _is_number(value)}
+        self._run.log({**numbers, self.STEP: step})
+
+    def image(self, step: int, name: str, pixels: Any) -> None:
+        self._run.log({name: self._wandb.Image(pixels), self.STEP: step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class Console:
+    """On a terminal a bar with the state of the run below it, drawn by rich; elsewhere a plain line every few seconds.
+    Messages go above the bar.
+
+    ``every`` is the least time between plain lines in seconds, ``unit`` what is counted, in the singular. The pace is
+    measured from now on, or from the last :meth:`begin`.
+    """
 
     def __init__(
         self,
@@ -81,35 +166,75 @@ class Console:
     ) -> None:
         self.stream = stream if stream is not None else sys.stderr
         self.total, self.every, self.label, self.unit = total, every, label, unit
-        self._bar = None
         self._begun, self._first = time.monotonic(), start
         self._said = -float("inf")
-        if self.stream.isatty():
-            tqdm = require("tqdm", extra="train")
-            self._bar = tqdm.tqdm(
-                total=total, initial=start, file=self.stream, desc=label, dynamic_ncols=True, unit=unit
-            )
+        self._live = self._bar = self._text = None
+        # A dumb terminal (an editor's, a pipe that pretends) cannot redraw a line.
+        if self.stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown"):
+            self._draw(start)
 
-    def step(self, step: int, note: str) -> None:
-        """``step`` steps are done; ``note`` is the short state (phase, losses)."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(step - self._bar.n)
+    def _draw(self, start: int) -> None:
+        require("rich", extra="train")
+        from rich.console import Console as Screen
+        from rich.console import Group
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        screen = Screen(file=self.stream, force_terminal=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=screen
+        )
+        self._task = self._bar.add_task(self.label, total=self.total, completed=start)
+        self._text = Text("")
+        # What libraries print meanwhile goes above the bar as well, if the bar is on the real terminal.
+        real = self.stream is sys.stderr or self.stream is sys.stdout
+        self._live = Live(
+            Group(self._bar, self._text),
+            console=screen,
+            refresh_per_second=2,
+            redirect_stdout=real,
+            redirect_stderr=real,
+        )
+        self._live.start()
+        # rich hides it until the end, and a process that is killed reaches none.
+        screen.show_cursor(True)
+
+    def begin(self, step: int) -> None:
+        """Measures the pace from now on, ``step`` steps being done."""
+        self._begun, self._first = time.monotonic(), step
+
+    def seconds_left(self, step: int) -> float | None:
+        """What the rest takes at the pace so far; None before there is one."""
+        done = step - self._first
+        return None if done <= 0 else (time.monotonic() - self._begun) / done * (self.total - step)
+
+    def step(self, step: int, note: str | Sequence[str], *, pace: bool = True) -> None:
+        """``step`` steps are done; ``note`` is the short state, or its parts. ``pace`` adds how many are done in a
+        second."""
+        parts = [note] if isinstance(note, str) else list(note)
+        left = self.seconds_left(step)
+        if pace and left is not None:
+            rate = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
+            parts.append(f"{rate:.1f} {self.unit}s/s")
+        if left is not None and step < self.total:
+            parts.append(f"{duration(left)} left")
+        line = " | ".join(part for part in parts if part)
+        if self._live is not None:
+            self._bar.update(self._task, completed=step)
+            self._text.plain = line
+            if step == self.total:
+                self._live.refresh()
             return
         now = time.monotonic()
         if now - self._said >= self.every or step == self.total:
-            rate = (step - self._first) / max(now - self._begun, 1e-9)
-            left = (self.total - step) / rate if rate else 0.0
-            print(
-                f"{self.label} {step}/{self.total}  {note}  {rate:.1f} {self.unit}s/s, {left:.0f} s left",
-                file=self.stream,
-                flush=True,
-            )
+            print(f"{self.label} {step}/{self.total} | {line}", file=self.stream, flush=True)
             self._said = now
 
     def say(self, message: str) -> None:
-        if self._bar is not None:
-            self._bar.write(message, file=self.stream)
+        """A line of its own."""
+        if self._live is not None:
+            self._live.console.print(message, markup=False, highlight=False, soft_wrap=True)
             return
         print(message, file=self.stream, flush=True)
 
@@ -119,8 +244,10 @@ class Console:
             os.write(self.stream.fileno(), f"\n{message}\n".encode())
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        """Leaves the bar as it stands."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def as_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
