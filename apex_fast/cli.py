@@ -1,4 +1,4 @@
-"""The command ``apex-fast``: init, plan, probe, train, generate, export, eval, env, demo."""
+"""The command ``apex-fast``: init, plan, probe, doctor, cache, train, report, generate, export, eval, env, demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from apex_fast.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong usage, 128 + signal if it was stopped.
+    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong usage, 4 if an alarm stopped a run, 128 +
+    signal if a signal did.
 
     Mistakes of the user (keys, paths, missing extras) are told in one line on stderr, not as a traceback;
     APEX_FAST_TRACEBACK=1 shows it.
@@ -36,6 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             from apex_fast.export import command as export_command
 
             return export_command.main(arguments[1:])
+        if arguments[:1] == ["cache"]:
+            from apex_fast.caching import command as cache_command
+
+            return cache_command.main(arguments[1:], offline=_stay_offline_for)
+        if arguments[:1] == ["doctor"]:
+            from apex_fast import doctor
+
+            _stay_offline()
+            return doctor.main(arguments[1:])
+        if arguments[:1] == ["report"]:
+            from apex_fast.reporting import command as report_command
+
+            return report_command.main(arguments[1:])
         if arguments[:1] == ["env"]:
             from apex_fast import info
 
@@ -50,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _user_errors() as error:
         if os.environ.get("APEX_FAST_TRACEBACK"):
             raise
-        print(f"apex-fast: {_told(error, arguments)}", file=sys.stderr)
+        # Of an error that several processes of a run have met, one tells.
+        if not getattr(error, "told_elsewhere", False):
+            print(f"apex-fast: {_told(error, arguments)}", file=sys.stderr)
         return 2 if type(error).__name__ == "SettingsError" else 1
 
 
@@ -62,9 +78,10 @@ def _user_errors() -> tuple[type[BaseException], ...]:
 
     from apex_fast.finite import NonFiniteLossError
     from apex_fast.training.checkpoint import CheckpointError
+    from apex_fast.training.processes import ProcessLostError
     from apex_fast.training.settings import SettingsError
 
-    mistakes = (SettingsError, CheckpointError, FileNotFoundError, ImportError)
+    mistakes = (SettingsError, CheckpointError, ProcessLostError, FileNotFoundError, ImportError)
     return *mistakes, NonFiniteLossError, torch.OutOfMemoryError, SafetensorError, json.JSONDecodeError
 
 
@@ -204,6 +221,13 @@ def _parser() -> argparse.ArgumentParser:
         help="whether a network sees a condition shift, before training: apex-fast probe MODEL; probe --help",
     )
     commands.add_parser(
+        "doctor", help="check a run before it begins, with the mend for what is wrong: apex-fast doctor CONFIG.yaml"
+    )
+    commands.add_parser(
+        "cache", help="encode a run's prompts and pictures once, into files: apex-fast cache CONFIG.yaml; cache --help"
+    )
+    commands.add_parser("report", help="one HTML page of a run: apex-fast report RUN; report --help")
+    commands.add_parser(
         "export", help="a run as files that stock diffusers or ComfyUI loads: apex-fast export RUN; export --help"
     )
     commands.add_parser("env", help="versions, how the library was built, what runs where; --json for programs")
@@ -239,6 +263,8 @@ def _step_list(text: str) -> list[int]:
 _TRAIN_USAGE = """usage: apex-fast train CONFIG.yaml [--key value ...]
        apex-fast train CONFIG.yaml --smoke       (the same on a tiny random model, in a minute)
        apex-fast train RUN/config.yaml --resume_from_checkpoint latest
+       apex-fast train --model PATH_OR_ID --prompts prompts.txt [--key value ...]
+                                                 (a LoRA from prompts alone, no pictures, no config file)
 
 Every key of the config file can be set on the command line, as --learning_rate or --learning-rate; keys of a section
 with a dot: --shift.scale -1. A list takes several values, each in quotes.
@@ -266,23 +292,37 @@ def _train(arguments: list[str]) -> int:
             "train needs a config: apex-fast train CONFIG.yaml [--key value ...]; `apex-fast train --help` lists the "
             "keys"
         )
-    config = load_config(path, arguments)
+    from apex_fast.training import prompts_only
+
+    if path is None and prompts_only.is_front_door(arguments):
+        config = prompts_only.config_from(arguments)
+    else:
+        config = load_config(path, prompts_only.with_model(arguments))
     if smoke:
         _stay_offline()
         from apex_fast.training.smoke import smoke_run
 
         named = any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in arguments)
         return smoke_run(config, output_dir=config.output_dir if named else None)
-    if not _needs_hub(config.pretrained_model_name_or_path or ""):
-        _stay_offline()
+    _stay_offline_for(config.pretrained_model_name_or_path or "")
     from apex_fast.training.loop import Trainer
 
-    return Trainer(config).run().exit_code
+    trainer = Trainer(config)
+    result = trainer.run()
+    if result.finished and config.prompts is not None and trainer.is_main:
+        prompts_only.export_results(config, lambda line: print(line, file=sys.stderr, flush=True))
+    trainer.processes.end()
+    return result.exit_code
 
 
 def _stay_offline() -> None:
     """For models in local folders: some tokenizers would ask a hub about themselves first, and wait for its answer."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _stay_offline_for(model: str) -> None:
+    if not _needs_hub(model):
+        _stay_offline()
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -296,11 +336,12 @@ def _generate(options: argparse.Namespace) -> int:
     if (mistake := _generate_mistake(options)) is not None:
         print(f"apex-fast generate: {mistake}", file=sys.stderr)
         return 2
-    if not _needs_hub(options.base or options.model):
-        _stay_offline()
+    from apex_fast.generate import exported_base
     from apex_fast.training.models import device_of
 
     try:
+        if not _needs_hub(options.base or exported_base(options.model) or options.model):
+            _stay_offline()
         settings = {
             "images_per_prompt": options.n,
             "num_inference_steps": options.num_inference_steps,
@@ -331,6 +372,8 @@ def _generate_mistake(options: argparse.Namespace) -> str | None:
         if options.out is None:
             return "--prompts needs --out, the folder to write the pictures to"
         return "--size is for --prompt; pictures of --prompts keep their size" if options.size is not None else None
+    if options.out is not None and options.out.is_dir():
+        return f"--out {options.out} is a folder; for --prompt name the PNG to write, or give --prompts FILE"
     for name, default in (("layout", "plain"), ("batch_size", 1)):
         if getattr(options, name) != default:
             return f"--{name.replace('_', '-')} is for --prompts FILE"

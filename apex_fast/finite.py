@@ -67,6 +67,8 @@ class FiniteWatch:
 
     def __init__(self) -> None:
         self._pending: list[_Record] = []
+        # False: somebody else looks, and knows what to do about it.
+        self.enabled = True
 
     def record(self, step: int, terms: Mapping[str, Tensor]) -> None:
         """Notes the 0-d device tensors ``terms`` of ``step`` and examines what was noted before.
@@ -74,7 +76,7 @@ class FiniteWatch:
         Raises:
             NonFiniteLossError: a term noted before was not finite.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if not self.enabled or torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return  # a graph holds no look at the host; whoever replays it sees the losses that it returns
         previous, self._pending = self._pending, [_record(step, terms)]
         self._examine(previous)
@@ -83,7 +85,7 @@ class FiniteWatch:
         """Notes further ``terms`` of the step that :meth:`record` was called for, and examines nothing: that would wait
         for the losses of this very step.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if not self.enabled or torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         self._pending.append(_record(step, terms))
 

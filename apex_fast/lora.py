@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from apex_fast.backbones.base import Backbone
 from apex_fast.condition import Condition
 from apex_fast.extras import require
+from apex_fast.parts import whole
 from apex_fast.velocities import Velocities, Velocity
 
 GENERATOR = "default"
@@ -174,7 +175,9 @@ class LoraVelocities(Velocities):
             _add(backbone, _config_like(transformer.peft_config[GENERATOR]), EMA)
         dropouts = [m for m in transformer.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         super().__init__(call, real=None if real == "live" else AdapterRole(call, self.switch, names, dropouts))
-        self._adapter_averages: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        # By name, with the exact sum where the adapter itself is kept in half precision.
+        self._exact: dict[str, Tensor] = {}
+        self._transformer = transformer
         if real != "ema":
             return
         self._ema_decay = float(ema_decay)
@@ -184,30 +187,38 @@ class LoraVelocities(Velocities):
                 source = sources[name]
                 average.requires_grad_(False)
                 average.data = source.detach().clone()
-                # An update of 2 % would be lost in the rounding of half precision, so the sum is kept beside it.
-                exact = average.data if source.dtype == torch.float32 else source.detach().float()
-                self._adapter_averages[name] = (average, source, exact)
+                if source.dtype != torch.float32:
+                    # An update of 2 % would be lost in the rounding of half precision, so the sum is kept beside it.
+                    self._exact[name] = source.detach().float()
         self.switch.activate((*start, GENERATOR))
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """Moves the averaged adapter towards the trained one; after every optimizer step. Nothing for another real
         branch."""
-        for average, source, exact in self._adapter_averages.values():
-            exact.lerp_(source.to(exact.dtype), 1 - self._ema_decay)  # type: ignore[operator]
-            if exact is not average.data:
+        if self._ema_decay is None:
+            return
+        # By name, not by stored parameters: sharding a network replaces them.
+        averages, sources = _adapter(self._transformer, EMA), _adapter(self._transformer, GENERATOR)
+        for name, average in averages.items():
+            exact = self._exact.get(name, average.data)
+            exact.lerp_(sources[name].detach().to(exact.dtype), 1 - self._ema_decay)
+            if name in self._exact:
                 average.copy_(exact)
 
     def _own_state(self) -> dict[str, Tensor]:
-        return {name: exact for name, (_, _, exact) in self._adapter_averages.items()}
+        if self._ema_decay is None:
+            return {}
+        averages = _adapter(self._transformer, EMA)
+        return {name: self._exact.get(name, average.data) for name, average in averages.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Any) -> None:
         """Restores :meth:`state_dict`; ValueError for the state of another real branch."""
         super().load_state_dict(state)
-        for average, _, exact in self._adapter_averages.values():
-            if exact is not average.data:
-                average.copy_(exact)
+        averages = _adapter(self._transformer, EMA) if self._exact else {}
+        for name, exact in self._exact.items():
+            averages[name].copy_(exact)
 
 
 def _owner(function: Callable[..., Any]) -> object:
@@ -340,17 +351,22 @@ def load_lora(backbone: Backbone, folder: str | Path) -> None:
     AdapterSwitch(backbone.transformer).activate((*start, GENERATOR))
 
 
-def save_lora(backbone: Backbone, folder: str | Path, adapter: str = GENERATOR) -> Path:
+def save_lora(backbone: Backbone, folder: str | Path, adapter: str = GENERATOR, *, write: bool = True) -> Path:
     """Writes the adapter as ``pytorch_lora_weights.safetensors``, which the stock pipeline's ``load_lora_weights``
-    reads, rank, alpha and kind of adapter in its metadata. Returns the file."""
+    reads, rank, alpha and kind of adapter in its metadata. Returns the file.
+
+    write: False in all processes but one, where the network is sharded over several: all of them gather its parts.
+    """
     peft = require("peft", extra="train")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     transformer = backbone.transformer
-    state = peft.get_peft_model_state_dict(transformer, adapter_name=adapter)
+    state = {k: whole(v) for k, v in peft.get_peft_model_state_dict(transformer, adapter_name=adapter).items()}
+    if not write:
+        return folder / WEIGHTS
     _pipeline_class(backbone).save_lora_weights(
         str(folder),
-        transformer_lora_layers={k: v.detach().to("cpu").contiguous() for k, v in state.items()},
+        transformer_lora_layers={k: v.to("cpu").contiguous() for k, v in state.items()},
         transformer_lora_adapter_metadata=_metadata(transformer, adapter),
         safe_serialization=True,
     )

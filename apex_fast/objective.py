@@ -97,6 +97,9 @@ class ApexObjective:
 
     Raises:
         ValueError: a field out of range; the message names it.
+
+    ``correction_factor``, an attribute and no field, multiplies the weight of the correction; 1 unless a trainer backs
+    it off for a while.
     """
 
     shift: nn.Module
@@ -126,6 +129,7 @@ class ApexObjective:
 
     def __post_init__(self) -> None:
         self._watch = FiniteWatch()
+        self.correction_factor = 1.0
         if not callable(self.shift):
             raise ValueError(f"ApexObjective: shift must be a ConditionShift, got {type(self.shift).__name__}")
         if self.loss not in ("correction", "paper"):
@@ -181,11 +185,12 @@ class ApexObjective:
     # ---- what holds at a step
 
     def correction_weight_at(self, step: int) -> float:
-        """Weight of the correction at ``step``, from 0: none in the warm-up, rising over the ramp, then all of it."""
+        """Weight of the correction at ``step``, from 0: none in the warm-up, rising over the ramp, then all of it; each
+        time ``correction_factor``."""
         warmup, ramp = self.warmup_steps or 0, self.ramp_steps or 0
         if step < warmup:
             return 0.0
-        return self.correction_weight * min(1.0, (step - warmup + 1) / (ramp + 1))
+        return self.correction_factor * self.correction_weight * min(1.0, (step - warmup + 1) / (ramp + 1))
 
     def phase(self, step: int) -> Phase:
         """The part of the run that ``step`` belongs to; without a correction it is always ``"full"``."""
@@ -319,6 +324,10 @@ class ApexObjective:
             step: the step that was passed to the call or to :meth:`backward`.
         """
         self._watch.add(_index(step), {GRADIENT_NORM: norm})
+
+    def leave_finite_checks(self) -> None:
+        """From now on losses and gradient norms that are not finite are no error here: the caller looks at them."""
+        self._watch.enabled = False
 
     def check_finite(self) -> None:
         """Examines the losses and gradient norms that are not examined yet; call it before a checkpoint is written.

@@ -296,8 +296,8 @@ from apex_fast.training import checkpoint
 from apex_fast.training.config import load_config
 from apex_fast.training.loop import Trainer
 real = checkpoint.save_state
-def slow(folder, name, state):
-    real(folder, name, state)
+def slow(folder, name, state, *processes):
+    real(folder, name, state, *processes)
     if name == "optimizer" and "checkpoint-4" in folder.name:
         print("half", flush=True)
         time.sleep(60)
@@ -562,7 +562,9 @@ def test_a_finite_loss_with_an_infinite_gradient_is_not_saved(tiny_start: Path, 
         if trainer.step == 1:
             next(iter(trainer.backbone.transformer.parameters())).register_hook(lambda grad: grad * float("inf"))
 
+    # Not skipped, as it would be by default (test_alarms.py).
     options = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "1", "--loss", loss)
+    options += ("--alarms.non_finite.action", "error")
     trainer = Trainer(load_config(None, keys(tiny_start, tmp_path, *options)), callbacks=[poison])
     with pytest.raises(NonFiniteLossError, match="gradient norm of step 1 is") as caught:
         trainer.run()
@@ -583,9 +585,114 @@ def test_an_infinite_gradient_is_found_by_the_next_step_without_a_checkpoint(
 ) -> None:
     from apex_fast.finite import NonFiniteLossError
 
-    options = ("--checkpointing_steps", "null", "--loss", loss)
+    options = ("--checkpointing_steps", "null", "--loss", loss, "--alarms.non_finite.action", "error")
     trainer = Trainer(load_config(None, keys(tiny_start, tmp_path, *options)))
     next(iter(trainer.backbone.transformer.parameters())).register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(NonFiniteLossError, match="gradient norm of step 0 is"):
         trainer.run()
-    assert trainer.step == 1 and not checkpoint.checkpoints(tmp_path)
+    assert trainer.step == 2 and not checkpoint.checkpoints(tmp_path)
+
+
+# ---- nothing is unpickled
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_no_file_of_a_run_is_unpickled(tiny_start: Path, tmp_path: Path) -> None:
+    """A pickle in the place of each file of a checkpoint, its manifest agreeing, and files that other trainers would
+    look for beside them."""
+    import pickle
+    import shutil
+
+    mark = tmp_path / "went off"
+    bomb = pickle.dumps(Bomb(mark))
+    assert pickle.loads(pickle.dumps(Bomb(tmp_path / "a real one"))) is None and (tmp_path / "a real one").is_dir()
+    folder = tmp_path / "run"
+    run(tiny_start, folder, until=2)
+    good = tmp_path / "good"
+    shutil.copytree(folder / "checkpoint-2", good)
+    names = [str(p.relative_to(good)) for p in good.rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST]
+    assert len(names) > 12
+    read = []
+    for name in names:
+        shutil.rmtree(folder / "checkpoint-2")
+        checkpoint.write_folder(
+            folder / "checkpoint-2",
+            lambda new, name=name: (
+                shutil.copytree(good, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(checkpoint.MANIFEST)),
+                (new / name).write_bytes(bomb),
+                *((new / other).write_bytes(bomb) for other in ("optimizer.pt", "model/transformer/pytorch_model.bin")),
+                *((new / other).write_bytes(bomb) for other in (".metadata", "random_states_0.pkl", "scaler.pt")),
+            ),
+        )
+        assert checkpoint.damage(folder / "checkpoint-2", contents=True) is None
+        try:
+            Trainer(load_config(None, keys(tiny_start, folder, "--resume_from_checkpoint", "latest")))
+        except CheckpointError as error:
+            read.append(name)
+            assert Path(name).name in str(error), error
+        assert not mark.exists(), name
+    # Configurations and tokenizer of the model come from the start; all else was read and refused.
+    unread = {Path(name).name for name in set(names) - set(read)}
+    assert unread <= {"config.json", "tokenizer.json", "tokenizer_config.json", "model_index.json"}, unread
+
+
+def test_no_code_of_the_library_unpickles() -> None:
+    import ast
+
+    import apex_fast
+
+    forbidden = {"torch.load", "pickle.load", "pickle.loads", "numpy.load", "np.load", "joblib.load", "dill.load"}
+    forbidden |= {"dist.all_gather_object", "dist.broadcast_object_list", "dist.gather_object", "torch.jit.load"}
+    found = []
+    for file in Path(apex_fast.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in forbidden:
+                found.append(f"{file.name}:{node.lineno}")
+            if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only", "trust_remote_code"):
+                if ast.unparse(node.value) != "False":
+                    found.append(f"{file.name}:{node.value.lineno}")
+    assert not found
+
+
+# ---- the best one
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tiny_start: Path, tmp_path: Path, monkeypatch) -> None:
+    from apex_fast.training import validation
+
+    scores = {1: 5.0, 2: 2.0, 3: 3.0, 4: 1.0, 5: 4.0, 6: 4.0}
+    monkeypatch.setattr(validation, "validate", lambda trainer, board: {"frechet": scores[trainer.step]})
+    more = (
+        *("--max_train_steps", "6", "--checkpointing_steps", "3", "--checkpoints_total_limit", "1"),
+        *("--validation_metrics", "true", "--validation_steps", "1", "--best_metric", "validation/frechet"),
+    )
+    run(tiny_start, tmp_path / "run", *more, until=3)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
+    run(tiny_start, tmp_path / "run", *more, "--resume_from_checkpoint", "latest")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-6"]
+    best = checkpoint.read_best(tmp_path / "run")
+    assert best == {"checkpoint": "checkpoint-4", "metric": "validation/frechet", "value": 1.0}
+    # the largest instead, in a new run that remembers nothing of the old one
+    again = ("--best_metric_mode", "max", "--overwrite_output_dir", "true")
+    run(tiny_start, tmp_path / "run", *more, *again, until=3)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-3"]
+    assert checkpoint.read_best(tmp_path / "run")["value"] == 5.0
+
+
+def test_a_best_metric_that_is_not_measured_is_named(tiny_start: Path, tmp_path: Path, monkeypatch) -> None:
+    from apex_fast.training import validation
+    from apex_fast.training.settings import SettingsError
+
+    monkeypatch.setattr(validation, "validate", lambda trainer, board: {"frechet": 1.0})
+    more = ("--validation_metrics", "true", "--validation_steps", "1", "--best_metric", "loss")
+    with pytest.raises(SettingsError, match="best_metric: loss is not measured.*validation/frechet"):
+        run(tiny_start, tmp_path / "run", *more)

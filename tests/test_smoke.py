@@ -54,6 +54,26 @@ def test_what_is_left_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "out" / "run" / "model" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_shards_are_looked_at_and_what_is_behind_a_url_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("webdataset")
+    from data_cases import encoded, write_tar
+
+    members = {"a.jpg": encoded(), "a.title.txt": b"a title", "b.jpg": encoded(), "b.title.txt": b""}
+    shard = write_tar(tmp_path / "a-0.tar", members)
+    config = str(ROOT / "examples" / "qwen_image_lora.yaml")
+    buckets = ["--aspect_buckets", "true", "--aspect_bucket_step", "64"]
+    words = ["--dataset_name", str(tmp_path / "a-{0..0}.tar"), "--caption_column", "title.txt", "--device", "cpu"]
+    assert main(["train", "--smoke", config, *words, *buckets]) == 0
+    out = capsys.readouterr().out
+    assert "1 pictures with captions in" in out and f"1 left out, empty caption: {shard}: b" in out
+    url = "https://user:secret@host.invalid/a.tar"
+    assert main(["train", "--smoke", config, "--dataset_name", url, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "https://host.invalid/a.tar is not fetched here; the run will" in out and "secret" not in out
+
+
 def test_a_shift_behind_the_text_projection(tmp_path: Path) -> None:
     config = str(ROOT / "examples" / "sana_0.6b_lora.yaml")
     words = ["--shift.site", "projected", "--shift.mode", "diagonal", "--shift.trainable", "true", "--device", "cpu"]
@@ -140,7 +160,7 @@ def test_only_sizes_and_places_differ(tmp_path: Path) -> None:
         *("pretrained_model_name_or_path", "dataset_name", "resolution", "output_dir", "max_train_steps", "rank"),
         *("train_batch_size", "gradient_accumulation_steps", "lora_alpha", "lr_warmup_steps", "objective"),
         *("validation_steps", "validation_images_per_prompt", "checkpointing_steps", "logging_steps"),
-        "probe",
+        *("probe", "report_to", "validation_base_inference_steps"),
     }
     assert small.lora_alpha / small.rank == config.lora_alpha / config.rank
 

@@ -221,8 +221,13 @@ def test_broken_pictures_are_left_out_and_named(sana: Path, tmp_path: Path, caps
     assert "careful: 1 left out, not a picture that can be read: 3.png" in capsys.readouterr().err
     for path in data.glob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(SettingsError, match="nothing in .* can be used: 8 left out, not a picture that can be read"):
+    with pytest.raises(
+        SettingsError, match=r"2 of 8 in .* max_bad_share \(0.05\) allows 1: 2 left out, not a picture that"
+    ):
         trainer_of(sana, tmp_path / "other", "--dataset_name", str(data))
+    every = ("--dataset_name", str(data), "--max_bad_share", "1")
+    with pytest.raises(SettingsError, match="nothing in .* can be used: 8 left out, not a picture that can be read"):
+        trainer_of(sana, tmp_path / "other", *every)
 
 
 def test_a_refused_run_does_not_delete_the_one_that_it_would_overwrite(sana: Path, tmp_path: Path) -> None:

@@ -45,3 +45,24 @@ def test_the_line_is_said_once_and_a_control_can_be_trained(tmp_path: Path, caps
     with pytest.raises(SettingsError, match="invisible"):
         Trainer(load_config(None, keys(start, tmp_path / "none", *none)))
     assert Trainer(load_config(None, keys(start, tmp_path / "none", *none, "--probe", "false"))).run().finished
+
+
+def test_a_trained_shift_that_starts_invisible_is_said_and_not_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = make_start(tmp_path / "start")
+    none = ("--shift.scale", "1", "--shift.bias", "0", "--shift.trainable", "true")
+    assert Trainer(load_config(None, keys(start, tmp_path / "run", *none))).run().finished
+    assert "the shift is invisible as it starts" in capsys.readouterr().err
+
+
+def test_the_paper_loss_is_probed_where_it_mixes_the_shifted_velocity_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = make_start(tmp_path / "start")
+    none = ("--loss", "paper", "--shift.scale", "1", "--shift.bias", "0")
+    with pytest.raises(SettingsError, match="invisible"):
+        Trainer(load_config(None, keys(start, tmp_path / "run", *none)))
+    unmixed = ("--objective.mix_weight", "0")
+    Trainer(load_config(None, keys(start, tmp_path / "run", *none, *unmixed)))
+    assert capsys.readouterr().err.count("probe: ") == 1

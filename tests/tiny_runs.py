@@ -63,6 +63,8 @@ def keys(start: Path, output_dir: Path, *more: str) -> list[str]:
         "objective.ramp_steps": "1",
         "real_branch": "ema",
         "device": "cpu",
+        "report_to": "none",
+        "validation_base_inference_steps": "null",
     }
     return _words(base, more)
 
@@ -80,6 +82,8 @@ def pipeline_keys(model: Path, output_dir: Path, *more: str) -> list[str]:
         "objective.warmup_steps": "1",
         "objective.ramp_steps": "1",
         "device": "cpu",
+        "report_to": "none",
+        "validation_base_inference_steps": "null",
     }
     return _words(base, more)
 

@@ -6,7 +6,8 @@ optimizer or a checkpoint see nothing else. Tokenizers, text encoders, VAE and s
 :meth:`Backbone.pipeline` gives that pipeline back over the same objects. A family file states its network's time scale
 and direction, its sign, packing and masks; everything else is here.
 
-No class is patched and no hook outlives a call. Three things need one while a call runs: networks that round the time
+No class is patched, and no hook outlives a call unless blocks are offloaded, which is asked for
+(:mod:`apex_fast.backbones.offload`). Three things need one while a call runs: networks that round the time
 to their own dtype get it back unrounded (:meth:`Backbone.exact_time`), a condition shift at the site "projected" is
 applied behind the network's own text projection (``Backbone.text_projection``), and under gradient checkpointing a
 block is recomputed in the state that its forward had (:meth:`Backbone.enable_gradient_checkpointing`), whichever role
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apex_fast import ops
+from apex_fast.backbones.offload import Offload, block_lists
 from apex_fast.condition import Condition
 from apex_fast.extras import require
 from apex_fast.shift import SITES, SitedCondition
@@ -159,6 +161,9 @@ class Backbone(nn.Module):
         self.embedded_guidance = embedded_guidance
         # What a checkpointed block must find again when it is recomputed; called at its forward (see lora.py).
         self.recompute_states: list[Callable[[], Replay]] = []
+        self._checkpointing: bool | int | list[int] = True
+        # Keeps saved activations, or frozen blocks, in the memory of the CPU.
+        self.offload: Offload | None = None
         # Takes a shifted condition unwritten, while apex_fast.fusion has put the shift into the text path.
         self.fusion: Fusion | None = None
 
@@ -226,6 +231,12 @@ class Backbone(nn.Module):
         Raises:
             ValueError: shapes that do not fit each other or the network.
         """
+        if self.offload is None:
+            return self._call(x_t, t, condition)
+        with self.offload.calling():
+            return self._call(x_t, t, condition)
+
+    def _call(self, x_t: Tensor, t: Tensor, condition: Condition | Tensor) -> Tensor:
         if not isinstance(condition, Condition):
             condition = Condition(condition)
         if isinstance(condition, SitedCondition):
@@ -332,7 +343,9 @@ class Backbone(nn.Module):
         mask = condition.prompt_embeds_mask
         if mask is not None:
             mask = None if self.shift_padding and not self.has_mask else mask.bool()
-        return Condition(condition.prompt_embeds, mask, condition.pooled_prompt_embeds).to(self.device)
+        made = Condition(condition.prompt_embeds, mask, condition.pooled_prompt_embeds)
+        # A transformer that was not loaded is nowhere; the embeddings then stay where they were made.
+        return made if self.device.type == "meta" else made.to(self.device)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -441,8 +454,9 @@ class Backbone(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> Backbone:
         """Moves the transformer as any module, and to a device also text encoders and VAE; a dtype is the
-        transformer's alone."""
-        super().to(*args, **kwargs)
+        transformer's alone. Blocks that are offloaded stay where and what they are."""
+        with nullcontext() if self.offload is None else self.offload.staying():
+            super().to(*args, **kwargs)
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None:
             for part in self.components.values():
@@ -460,11 +474,15 @@ class Backbone(nn.Module):
                 memo[id(self.text)] = self.text
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        # The states are those of the adapters in this transformer, which the copy's are not.
+        # The states are those of the adapters in this transformer, which the copy's are not; nor is what is offloaded.
         memo[id(self.recompute_states)] = []
+        if self.offload is not None:
+            memo[id(self.offload)] = None
         copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         if getattr(copied.transformer, "gradient_checkpointing", False):
-            copied.enable_gradient_checkpointing()  # the function that was copied asks the original's states
+            copied.enable_gradient_checkpointing(
+                self._checkpointing
+            )  # the function that was copied asks the original's states
         return copied
 
     # ---- for the time of a call
@@ -486,14 +504,23 @@ class Backbone(nn.Module):
         finally:
             handle.remove()
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, blocks: bool | int | list[int] = True) -> None:
         """Recomputes the transformer's blocks in backward, each in the state that its forward had.
+
+        blocks: True: every block. A number n: every n-th one, the first included. A list: those with these numbers,
+        counted from 0 through all lists of blocks in the order of their definition. A block that is not recomputed
+        keeps its activations and costs no time.
 
         What has to be in place again (the role's adapters) is asked from ``recompute_states`` when the block runs, not
         when it is recomputed: by then another role may be active.
         """
 
+        chosen = self._chosen_blocks(blocks)
+        self._checkpointing = blocks
+
         def checkpointed(module: nn.Module, *args: Any) -> Any:
+            if chosen is not None and id(module) not in chosen:
+                return module(*args)
             replays = [state() for state in self.recompute_states]
 
             def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -502,6 +529,19 @@ class Backbone(nn.Module):
             return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
 
         self.transformer.enable_gradient_checkpointing(checkpointed)
+
+    def _chosen_blocks(self, blocks: bool | int | list[int]) -> set[int] | None:
+        if isinstance(blocks, bool) or blocks == 1:
+            return None
+        every = [block for listed in block_lists(self.transformer) for block in listed]
+        if isinstance(blocks, int):
+            return {id(block) for block in every[::blocks]}
+        if max(blocks) >= len(every):
+            raise ValueError(
+                f"gradient_checkpointing: this {type(self.transformer).__name__} has {len(every)} blocks, numbered "
+                f"from 0, and {max(blocks)} is none of them"
+            )
+        return {id(every[number]) for number in blocks}
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles the repeated blocks of the transformer in place (``torch.compile`` of each), which share their
@@ -559,11 +599,11 @@ class Backbone(nn.Module):
             )
         return cls(model, text=text, sample_size=sample_size)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, transformer: bool = True) -> None:
         """Writes a model with a text encoder of its own; see :func:`apex_fast.backbones.loading.save_own`."""
         from apex_fast.backbones.loading import save_own
 
-        save_own(self, Path(folder))
+        save_own(self, Path(folder), transformer=transformer)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str, **options: Any) -> Backbone:

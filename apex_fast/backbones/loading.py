@@ -17,6 +17,7 @@ import torch
 
 from apex_fast.backbones.own_text import OwnText
 from apex_fast.extras import require
+from apex_fast.parts import class_name
 
 if TYPE_CHECKING:
     from apex_fast.backbones.base import Backbone
@@ -128,6 +129,7 @@ def from_pretrained(
     quantization_config: Any = None,
     load_text_encoders: bool = True,
     load_vae: bool = True,
+    load_transformer: bool = True,
     **options: Any,
 ) -> Backbone:
     """A pretrained model as a :class:`~apex_fast.backbones.base.Backbone`.
@@ -141,6 +143,7 @@ def from_pretrained(
         quantization_config: for the transformer: a quantisation object of diffusers, "int8" or "nf4"
             (:func:`quantization`).
         load_text_encoders, load_vae: whether to load them; without, embeddings or latents have to come from elsewhere.
+        load_transformer: without, it is on the meta device: it tells sizes, and takes no memory and no download.
         options: ``max_sequence_length``, ``embedded_guidance`` and ``shift_padding`` of the backbone.
 
     Raises:
@@ -164,9 +167,9 @@ def from_pretrained(
         common["revision"] = revision
     quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
 
-    index = _read_json(path_or_id, INDEX, local, revision)
+    index = read_json(path_or_id, INDEX, local, revision)
     if index is None:
-        config = _read_json(path_or_id, "config.json", local, revision)
+        config = read_json(path_or_id, "config.json", local, revision)
         if config is None:
             raise FileNotFoundError(f"{where} holds neither {INDEX} nor config.json; expected {_LAYOUT}")
         backbone = family_of(_class_name(config, where), where)
@@ -177,9 +180,14 @@ def from_pretrained(
     backbone = family_of(name, where)
     if local:
         _check_parts(folder, index, load_text_encoders=load_text_encoders, load_vae=load_vae, family=backbone)
-    transformer = getattr(diffusers, backbone.transformer_class).from_pretrained(
-        path_or_id, subfolder="transformer", **common, **quantized
-    )
+    if load_transformer:
+        transformer = getattr(diffusers, backbone.transformer_class).from_pretrained(
+            path_or_id, subfolder="transformer", **common, **quantized
+        )
+    else:
+        transformer = _without_weights(
+            path_or_id, "transformer", backbone.transformer_class, {} if local else {"revision": revision}
+        )
     if name == backbone.__name__:
         if not local:
             raise ValueError(f"{where} has a text encoder of its own and is read from a folder only; download it first")
@@ -198,7 +206,9 @@ def from_pretrained(
     )
     components = {k: v for k, v in pipeline.components.items() if v is not None and k != "transformer"}
     if not load_vae:
-        components["vae"] = _vae_without_weights(path_or_id, index, {} if local else {"revision": revision})
+        components["vae"] = _without_weights(
+            path_or_id, "vae", index["vae"][1], {} if local else {"revision": revision}
+        )
     for part in components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -208,11 +218,11 @@ def from_pretrained(
     return made
 
 
-def _vae_without_weights(path_or_id: str | Path, index: dict[str, Any], source: dict[str, Any]) -> torch.nn.Module:
-    """The VAE's structure, which tells how many pixels a latent pixel stands for."""
-    cls = getattr(require("diffusers", extra="train"), index["vae"][1])
+def _without_weights(path_or_id: str | Path, part: str, class_name: str, source: dict[str, Any]) -> torch.nn.Module:
+    """The structure of a part: a VAE's tells how many pixels a latent pixel stands for."""
+    cls = getattr(require("diffusers", extra="train"), class_name)
     with torch.device("meta"):
-        return cls.from_config(cls.load_config(path_or_id, subfolder="vae", **source))
+        return cls.from_config(cls.load_config(path_or_id, subfolder=part, **source))
 
 
 _LAYOUT = (
@@ -221,7 +231,15 @@ _LAYOUT = (
 )
 
 
-def _read_json(path_or_id: str | Path, name: str, local: bool, revision: str | None) -> dict[str, Any] | None:
+def read_json(path_or_id: str | Path, name: str, local: bool, revision: str | None) -> dict[str, Any] | None:
+    """The settings in the file ``name`` of a model; None if it has no such file.
+
+    local: it is a folder, not a hub id.
+
+    Raises:
+        FileNotFoundError: the hub cannot be asked, or does not give it.
+        ValueError: it is no JSON.
+    """
     if local:
         path = Path(path_or_id) / name
         if not path.is_file():
@@ -289,9 +307,9 @@ def _check_parts(
             )
 
 
-def save_own(backbone: Backbone, folder: Path) -> None:
-    """Writes a model with a text encoder of its own: ``model_index.json``, ``transformer/``, ``text_encoder/`` and
-    ``tokenizer/``, in the layout of a diffusers pipeline.
+def save_own(backbone: Backbone, folder: Path, *, transformer: bool = True) -> None:
+    """Writes a model with a text encoder of its own: ``model_index.json``, ``transformer/`` (unless told otherwise,
+    where it is there already), ``text_encoder/`` and ``tokenizer/``, in the layout of a diffusers pipeline.
 
     Raises:
         ValueError: a backbone without a text encoder of its own; its pipeline is what can be saved.
@@ -304,11 +322,12 @@ def save_own(backbone: Backbone, folder: Path) -> None:
             "backbone.transformer.save_pretrained(folder)"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    backbone.transformer.save_pretrained(folder / "transformer", safe_serialization=True)
+    if transformer:
+        backbone.transformer.save_pretrained(folder / "transformer", safe_serialization=True)
     text.save_pretrained(folder)
     index = {
         "_class_name": type(backbone).__name__,
-        "transformer": ["diffusers", type(backbone.transformer).__name__],
+        "transformer": ["diffusers", class_name(backbone.transformer)],
         "text_encoder": ["transformers", type(text.text_encoder).__name__],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "max_sequence_length": text.max_sequence_length,

@@ -132,7 +132,7 @@ def _head(made: Plan) -> list[str]:
         f"{width} x {height} pixels, batch {config.train_batch_size}"
         + (f" x {config.gradient_accumulation_steps} passes" if config.gradient_accumulation_steps > 1 else "")
         + f", loss {config.loss}, weights {config.quantization or config.weight_dtype}"
-        + (", autocast bf16" if config.mixed_precision == "bf16" else ""),
+        + (f", autocast {config.mixed_precision}" if config.mixed_precision != "no" else ""),
         f"configuration from {made.model.source}",
     ]
     if made.model.unverified:
@@ -146,12 +146,13 @@ def _held(made: Plan) -> list[str]:
     trained_in = config.lora_dtype if config.mode == "lora" else config.weight_dtype
     frozen_by = {"lora": "the base with its adapter off: no copy", "full": "a copy of the start"}[config.mode]
     real = {"frozen": frozen_by, "ema": "an average", "live": "the live network: no copy"}[config.real_branch_in_use]
+    eight = config.optimizer == "adamw_8bit"
     rows = [
         (f"frozen weights ({precision})", held.get(FROZEN, 0)),
         (f"trained weights ({trained_in})", held.get(TRAINED, 0)),
         (f"real branch ({real})", held.get(REAL, 0)),
         ("gradients", held.get(GRADIENTS, 0)),
-        ("optimizer state (AdamW, two moments)", held.get(OPTIMIZER, 0)),
+        (f"optimizer state (AdamW, two moments{' in 8 bits' if eight else ''})", held.get(OPTIMIZER, 0)),
         ("average of the trained weights (ema_decay)", held.get(AVERAGE, 0)),
     ]
     if made.embeddings:
@@ -208,6 +209,9 @@ def _stages(made: Plan) -> list[str]:
     parts = "text encoders and VAE" if made.config.quantization == "nf4" else "transformer, text encoders and VAE"
     what = "the model" if made.model.own_text else f"{parts} at once"
     lines.append(f"  {'loading: ' + what:<60}{made.host / unit:>10.2f}")
+    step = made.chosen.step
+    if waiting := step.waiting_weights + step.waiting_activations:
+        lines.append(f"  {'a step: offloaded frozen weights and activations, pinned':<60}{waiting / unit:>10.2f}")
     lines.append("  a file of weights while it is read, and later latents and embeddings of the data, are not in it")
     return lines
 
@@ -294,7 +298,7 @@ def _not_counted(made: Plan) -> list[str]:
         "planned at the most tokens that the model's text encoding gives. The count equals that of the same step on a",
         "CPU; it was not compared with the allocator of a GPU.",
     ]
-    if made.config.mixed_precision == "bf16":
+    if made.config.mixed_precision != "no":
         lines.append(
             "Autocast is planned by the list of operations that CUDA casts, as far as diffusers' networks use them."
         )

@@ -34,7 +34,7 @@ class Stage:
 
 def validates(config: TrainConfig) -> bool:
     """Whether the run draws pictures."""
-    return config.validation_steps is not None and bool(config.validation_prompts)
+    return config.draws_pictures
 
 
 def dtype_bytes(config: TrainConfig) -> int:
@@ -55,7 +55,8 @@ def loaded_on_host(model: Blueprint, config: TrainConfig, step: StepBytes) -> in
     beside = (model.text_encoder_parameters + model.vae_parameters) * dtype_bytes(config)
     if config.quantization == "nf4":
         return beside
-    base = step.held.get(FROZEN, 0.0) + (step.held.get(TRAINED, 0.0) if config.mode == "full" else 0.0)
+    base = step.held.get(FROZEN, 0.0) + (step.waiting_weights if config.mode == "lora" else 0.0)
+    base += step.held.get(TRAINED, 0.0) if config.mode == "full" else 0.0
     return beside + round(base)
 
 

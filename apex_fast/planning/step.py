@@ -25,6 +25,7 @@ from apex_fast.training.config import TrainConfig
 from apex_fast.training.ema import WeightAverage
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import real_guidance
+from apex_fast.training.models import Autocast
 from apex_fast.training.setup import make_objective, make_trainable, make_velocities
 from apex_fast.velocities import Velocities
 
@@ -37,6 +38,9 @@ FROZEN, TRAINED, REAL, GRADIENTS, OPTIMIZER, AVERAGE = (
     "average of the weights",
 )
 """Categories of memory beside the activations."""
+
+WAITING = "frozen weights on the CPU"
+"""Category of what takes no memory of the device, and is left out of every sum."""
 
 SHALLOW, DEEPER = 2, 3
 """Blocks of a kind in the two models that stand for a deep one, whose memory is linear in its blocks."""
@@ -54,6 +58,7 @@ class StepBytes:
         forward_flops: of one forward of the batch without gradient.
         trained: trained parameters.
         parameters: of the transformer, adapters left out.
+        waiting_weights, waiting_activations: bytes that offloading keeps in the memory of the CPU; not in the above.
     """
 
     held: dict[str, float]
@@ -62,6 +67,8 @@ class StepBytes:
     forward_flops: float
     trained: float
     parameters: float
+    waiting_weights: float = 0.0
+    waiting_activations: float = 0.0
 
     @property
     def peak_moment(self) -> tuple[str, dict[str, float]]:
@@ -91,7 +98,7 @@ class PlannedRun:
     objective: ApexObjective | FlowMatching
     velocities: Velocities
     parameters: list[nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     x: Tensor
     condition: Condition
@@ -165,10 +172,35 @@ def planned_run(model: Blueprint, config: TrainConfig, device: torch.device | st
         parameters = [p for p in backbone.parameters() if p.requires_grad]
         if isinstance(objective, ApexObjective):
             parameters += [p for p in objective.shift.parameters() if p.requires_grad]
-        average = None if config.ema_decay is None else WeightAverage(backbone, config.ema_decay)
-        # foreach is what torch chooses by itself on a GPU; its temporary tensors are part of the peak.
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, foreach=True)
+        average = WeightAverage(backbone, config.ema_decays) if config.ema_decays else None
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw_8bit":
+            optimizer = EightBit(parameters)
+        else:
+            # As torch updates many tensors at once; its temporary tensors are part of the peak. The fused kernel that
+            # runs on a GPU has none, so this is the upper bound of the two.
+            optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, foreach=True)
     return PlannedRun(backbone, objective, velocities, parameters, optimizer, average, x, condition, negative, config)
+
+
+class EightBit(torch.optim.Optimizer):
+    """The memory of 8-bit AdamW: two moments of a byte a value, with one fp32 scale for every 256; fp32 moments for
+    tensors below 4096 values."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None or self.state[parameter]:
+                continue
+            count, small = parameter.numel(), parameter.numel() < 4096
+            kind = {"dtype": torch.float32 if small else torch.uint8, "device": parameter.device}
+            for name in ("1", "2"):
+                self.state[parameter][f"state{name}"] = torch.empty(count, **kind)
+                if not small:
+                    scales = torch.empty(-(-count // 256), dtype=torch.float32, device=parameter.device)
+                    self.state[parameter][f"absmax{name}"] = scales
 
 
 def plannable(model: Blueprint, config: TrainConfig) -> TrainConfig:
@@ -208,8 +240,9 @@ def count_step(model: Blueprint, config: TrainConfig, device: torch.device | str
         bytes_.hold([w for w in weights if id(w) not in trained], FROZEN)
         bytes_.hold(run.parameters, TRAINED)
         bytes_.hold(_of_the_real_branch(run), REAL)
+        bytes_.hold(_waiting(run), WAITING)
         if run.average is not None:
-            bytes_.hold(run.average.average.values(), AVERAGE)
+            bytes_.hold([v for average in run.average.averages.values() for v in average.values()], AVERAGE)
         for parameter in run.parameters:
             parameter.grad = torch.zeros_like(parameter)
         run.optimizer.step()
@@ -221,7 +254,7 @@ def count_step(model: Blueprint, config: TrainConfig, device: torch.device | str
             for parameter in run.parameters:
                 parameter.grad = torch.zeros_like(parameter)
                 bytes_.hold([parameter.grad], GRADIENTS)
-        held = {name: float(size) for name, size in bytes_.by_category.items() if name != ACTIVATIONS}
+        held = {n: float(size) for n, size in bytes_.by_category.items() if n not in (ACTIVATIONS, WAITING)}
         held[GRADIENTS] = float(bytes_of(run.parameters))
         moments = _Moments(bytes_, run)
         for parameter in run.parameters:
@@ -238,7 +271,25 @@ def count_step(model: Blueprint, config: TrainConfig, device: torch.device | str
         forward = bytes_.flops
     own = sum(numel(p) for name, p in run.backbone.transformer.named_parameters() if "lora_" not in name)
     trained_count = sum(p.numel() for p in run.parameters)
-    return StepBytes(held, moments.found, float(flops), float(forward), float(trained_count), float(own))
+    offload = run.backbone.offload
+    return StepBytes(
+        held,
+        moments.found,
+        float(flops),
+        float(forward),
+        float(trained_count),
+        float(own),
+        waiting_weights=float(bytes_of(_waiting(run))),
+        waiting_activations=0.0 if offload is None else float(offload.moved.most_waiting),
+    )
+
+
+def _waiting(run: PlannedRun) -> list[Tensor]:
+    """Frozen weights that live on the CPU and come for the length of a call."""
+    real = run.velocities.real
+    networks = (run.backbone, real.module if isinstance(real, Autocast) else real)
+    offloads = [n.offload for n in networks if isinstance(n, Backbone) and n.offload is not None]
+    return [place.parameter for offload in offloads for block in offload.blocks for place in block.places]
 
 
 def _of_the_real_branch(run: PlannedRun) -> list[Tensor]:
@@ -298,7 +349,7 @@ class _Moments:
     def end(self) -> None:
         if self._name is not None:
             for bytes_ in (self.bytes.peak_by_category, self.bytes.by_category):
-                self.found.append((self._name, {k: float(v) for k, v in bytes_.items()}))
+                self.found.append((self._name, {k: float(v) for k, v in bytes_.items() if k != WAITING}))
             self._name = None
 
 
@@ -311,6 +362,9 @@ def plan_step(model: Blueprint, config: TrainConfig) -> StepBytes:
     The blocks of a kind are alike, so every part of a step needs memory and operations that are linear in their
     number; two depths of each kind give the line.
     """
+    if not isinstance(config.gradient_checkpointing, bool):
+        # Blocks are not alike then.
+        return count_step(model, config)
     depth = model.depth()
     shallow = tuple(min(n, SHALLOW) if n > DEEPER else n for n in depth)
     result = count_step(model.at_depth(shallow), config)

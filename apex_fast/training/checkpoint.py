@@ -5,6 +5,12 @@ so that a process killed at any moment leaves either the whole folder or none; `
 its size and SHA-256, so that a folder damaged later (a partial copy, a flipped bit) is recognised too: by its sizes
 wherever checkpoints are listed, by its contents where a run goes on from one. Replacing a folder takes two renames; the
 old one, set aside by the first, is put back at the next start if a kill kept the second from happening.
+
+Several processes write one folder together, which they must see under the same path. Where the network is sharded
+(FSDP2) each writes its share: tensors are gathered one at a time and kept, whole, by the process that has least to
+write so far, and ``<name>.json`` says which file holds which. So no process holds more than a part of the model, and
+what is read back needs no more than the number of processes that reads it: each takes its rows of every tensor. Only
+when all have written is the folder renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +32,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from apex_fast.training.processes import Processes
+
 MANIFEST = "manifest.json"
+BEST = "best.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _PARTIAL = ".partial-"
 _REPLACED = f"{_PARTIAL}replaced-"
@@ -40,23 +50,65 @@ class CheckpointError(RuntimeError):
 # ---- state trees: nested dicts, lists, numbers and tensors as one JSON and one safetensors file
 
 
-def save_state(folder: Path, name: str, state: Any) -> None:
-    """Writes the tree ``state`` to ``<name>.json`` and, if it holds tensors, ``<name>.safetensors``.
+class Share:
+    """The tensors that this process writes of those that all processes hold together.
+
+    ``writers`` processes write, of which this is number ``rank``. Every process adds the same tensors in the same
+    order; of sharded ones the parts are gathered here.
+    """
+
+    def __init__(self, processes: Processes | None) -> None:
+        shared = processes is not None and processes.sharded
+        self.rank, self.writers = (processes.rank, processes.world) if shared else (0, 1)  # type: ignore[union-attr]
+        self.tensors: dict[str, Tensor] = {}
+        self._bytes = [0] * self.writers
+        self._storages: set[int] = set()
+
+    def add(self, name: str, value: Tensor) -> int:
+        """Takes ``value`` to be written under ``name``, if this process is to write it; the number of the one that
+        is."""
+        from apex_fast.parts import whole
+
+        tensor = whole(value)
+        writer = self._bytes.index(min(self._bytes))
+        self._bytes[writer] += tensor.numel() * tensor.element_size()
+        if writer == self.rank:
+            tensor = tensor.to("cpu").contiguous()
+            # safetensors refuses two names for one memory; the second gets its own.
+            if tensor.numel() and tensor.untyped_storage().data_ptr() in self._storages:
+                tensor = tensor.clone()
+            self._storages.add(tensor.untyped_storage().data_ptr())
+            self.tensors[name] = tensor
+        return writer
+
+    @property
+    def bytes(self) -> int:
+        """Of all that was added, in every process."""
+        return sum(self._bytes)
+
+    def file(self, name: str, writer: int) -> str:
+        """The name of the file that ``writer`` writes."""
+        number = f"-{writer + 1:05d}-of-{self.writers:05d}" if self.writers > 1 else ""
+        return f"{name}{number}.safetensors"
+
+    def write(self, folder: Path, name: str, metadata: dict[str, str] | None = None) -> None:
+        """Writes this process's file, if it has anything to write."""
+        if self.tensors:
+            save_file(self.tensors, str(folder / self.file(name, self.rank)), metadata=metadata)
+
+
+def save_state(folder: Path, name: str, state: Any, processes: Processes | None = None) -> None:
+    """Writes the tree ``state`` to ``<name>.json`` and, if it holds tensors, ``<name>.safetensors``, or one such file
+    for each process where the network is sharded over ``processes``.
 
     Trees are made of dicts with text or whole-number keys, lists, tuples, tensors, texts, numbers, truth values and
     None; TypeError for anything else (which would need pickle)."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
+    share = Share(processes)
 
     def pack(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensor = value.detach().to("cpu").contiguous()
-            # safetensors refuses two names for one memory; the second gets its own.
-            if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
-                tensor = tensor.clone()
-            storages.add(tensor.untyped_storage().data_ptr())
-            tensors[path] = tensor
-            return {"tensor": path}
+            writer = share.add(path, value)
+            return {"tensor": path} if share.writers == 1 else {"tensor": path, "file": share.file(name, writer)}
         if isinstance(value, Mapping):
             if any(not isinstance(k, (str, int)) or isinstance(k, bool) for k in value):
                 raise TypeError(f"{name}: {path or 'the state'} has keys that are neither text nor whole numbers")
@@ -71,9 +123,16 @@ def save_state(folder: Path, name: str, state: Any) -> None:
         )
 
     tree = pack(state, "")
-    (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
-    if tensors:
-        save_file(tensors, str(folder / f"{name}.safetensors"))
+
+    def write() -> None:
+        if share.rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+        share.write(folder, name)
+
+    if processes is None:
+        write()
+    else:
+        processes.later(write)
 
 
 def load_state(folder: Path, name: str) -> Any:
@@ -83,13 +142,19 @@ def load_state(folder: Path, name: str) -> Any:
         raise CheckpointError(
             f"{folder} has no {name}.json: it was written by another version or for another kind of run"
         )
-    weights = folder / f"{name}.safetensors"
-    tensors = read_tensors(weights) if weights.is_file() else {}
+    files: dict[str, dict[str, Tensor]] = {}
 
     def unpack(node: dict[str, Any]) -> Any:
         (kind, value), *_ = node.items()
         if kind == "tensor":
-            return tensors[value]
+            source = node.get("file", f"{name}.safetensors")
+            if source not in files:
+                if Path(source).name != source:
+                    raise CheckpointError(f"{file} names {source}, which is not a file beside it; it was changed")
+                files[source] = read_tensors(folder / source)
+            if value not in files[source]:
+                raise CheckpointError(f"{folder / source} has no {value}, which {file.name} looks for there")
+            return files[source][value]
         if kind == "items":
             return {k: unpack(v) for k, v in value}
         if kind == "list":
@@ -100,7 +165,10 @@ def load_state(folder: Path, name: str) -> Any:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. CheckpointError if it is damaged."""
+    """The tensors of a safetensors file, on the CPU; their memory is the file's, read when it is looked at.
+    CheckpointError if it is damaged or missing."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; copy the checkpoint again or take an earlier one")
     try:
         return load_file(str(file))
     except SafetensorError as error:
@@ -135,28 +203,35 @@ def load_json(folder: Path, name: str) -> dict[str, Any]:
 # ---- random states
 
 
-def random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """Every random state that a run depends on: torch's, the GPUs', Python's, numpy's and the named ``generators``."""
+def random_states(generators: Mapping[str, torch.Generator], device: torch.device | None = None) -> dict[str, Any]:
+    """Every random state that this process depends on: torch's, that of ``device`` if it is a GPU, Python's, numpy's
+    and the named ``generators``."""
+    on_gpu = device is not None and device.type == "cuda"
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if on_gpu else [],
         "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "generators": {name: generator.get_state() for name, generator in generators.items()},
     }
 
 
-def restore_random_states(states: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:
+def restore_random_states(
+    states: Mapping[str, Any], generators: Mapping[str, torch.Generator], device: torch.device | None = None
+) -> None:
     """Puts back what :func:`random_states` took. CheckpointError if the named generators differ."""
     if set(states["generators"]) != set(generators):
         raise CheckpointError(
             f"random states of {sorted(states['generators'])} were saved, {sorted(generators)} are needed"
         )
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and device is not None and device.type == "cuda":
+        # Earlier versions kept the states of all GPUs that they saw.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        own = states["cuda"][index if index < len(states["cuda"]) else 0]
+        torch.cuda.set_rng_state(own, device)
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]
@@ -180,29 +255,48 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+def write_folder(target: Path, write: Callable[[Path], None], processes: Processes | None = None) -> None:
     """Calls ``write(folder)`` on a new folder and makes it appear as ``target`` in one step, with its manifest, once it
-    is on the disk.
+    is on the disk. Several ``processes`` call it together, and ``write`` runs in each of them.
 
     An existing ``target`` is replaced: for a moment there is none, and a process killed right then leaves the old one
-    to :func:`restore_replaced`. If ``write`` raises, nothing changes; CheckpointError if that was for want of space."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    to :func:`restore_replaced`. If ``write`` raises in any process, nothing changes; CheckpointError if that was for
+    want of space."""
+    from apex_fast.training.processes import Processes
+
+    team = Processes() if processes is None else processes
+    partial = Path(team.on_main(lambda: _begin(target)))
     old = target.parent / f".{target.name}{_REPLACED}{os.getpid()}"
     mask = os.umask(0)
     os.umask(mask)
-    try:
-        write(partial)
-        entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _digest(p)}
-                   for p in _files(partial)}  # fmt: skip
-        (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
-        for path in _files(partial):
+
+    def guarded(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:
+            if not _no_space(error):
+                raise
+            written = sum(p.stat().st_size for p in _files(partial)) if partial.is_dir() else 0
+            if team.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(_told_no_space(target, written, error)) from error
+
+    def settle() -> dict[str, Any]:
+        """Flushes and hashes this process's share of the files, whoever has written them."""
+        entries = {}
+        for path in _files(partial)[team.rank :: team.world]:
             # safetensors makes files for their owner alone; a run is shared like any other folder.
             path.chmod(0o666 & ~mask)
             _flush(path)
-        for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+            entries[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        return entries
+
+    def publish() -> None:
+        manifest = partial / MANIFEST
+        files = {name: entry for part in parts for name, entry in part.items()}
+        manifest.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1), encoding="utf-8")
+        manifest.chmod(0o666 & ~mask)
+        for path in [manifest, partial, *(p for p in partial.rglob("*") if p.is_dir())]:
             _flush(path)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -210,14 +304,30 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         os.rename(partial, target)
         _flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        written = sum(p.stat().st_size for p in _files(partial)) if partial.is_dir() else 0
-        shutil.rmtree(partial, ignore_errors=True)
-        if _no_space(error):
-            raise CheckpointError(_told_no_space(target, written, error)) from error
+
+    def written() -> None:
+        write(partial)
+        team.raise_late()
+
+    try:
+        team.together(lambda: guarded(written))
+        parts = team.together(lambda: guarded(settle))
+        team.on_main(lambda: guarded(publish))
+    except BaseException:
+        if team.is_main:
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _begin(target: Path) -> str:
+    """A new folder beside ``target``."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return str(partial)
 
 
 def _digest(file: Path) -> str:
@@ -358,13 +468,37 @@ def resolve_checkpoint(
 
 
 def prune(output_dir: str | Path, keep: int | None) -> None:
-    """Removes the oldest complete checkpoints beyond the ``keep`` newest (None keeps all), and what killed processes
-    left half-written."""
+    """Removes the oldest complete checkpoints beyond the ``keep`` newest (None keeps all) and the best one, and what
+    killed processes left half-written."""
     folder = Path(output_dir)
     clear_leftovers(folder)
     if keep is not None:
+        best = (read_best(folder) or {}).get("checkpoint")
         for path in checkpoints(folder)[: -keep or None]:
+            if path.name == best:
+                continue
             # Renamed first: a kill during the removal leaves a partial folder, not a damaged checkpoint.
             doomed = folder / f".{path.name}{_PARTIAL}removed"
             os.rename(path, doomed)
             shutil.rmtree(doomed)
+
+
+# ---- the best one
+
+
+def write_best(output_dir: str | Path, checkpoint: Path, metric: str, value: float) -> None:
+    """Notes in ``best.json`` that ``checkpoint`` has the best ``value`` of ``metric`` so far."""
+    folder = Path(output_dir)
+    entry = {"checkpoint": checkpoint.name, "metric": metric, "value": value}
+    temporary = folder / f"{BEST}.new"
+    temporary.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / BEST)
+
+
+def read_best(output_dir: str | Path) -> dict[str, Any] | None:
+    """What :func:`write_best` noted, while that checkpoint is there; else None."""
+    try:
+        found = json.loads((Path(output_dir) / BEST).read_text(encoding="utf-8"))
+        return found if (Path(output_dir) / found["checkpoint"]).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from apex_fast.objective import ApexObjective
 from apex_fast.path import TimeDistribution
 from apex_fast.shift import ConditionShift
+from apex_fast.training.alarms import AlarmSettings
+from apex_fast.training.ema import check_decays
 from apex_fast.training.foreign_keys import FOREIGN_KEYS
 from apex_fast.training.settings import (
     SettingsError,
@@ -98,6 +100,19 @@ class ModelSettings:
     )
 
 
+@dataclass(frozen=True)
+class PromptsOnlySettings:
+    """Where the samples of a run with ``prompts`` come from."""
+
+    samples: Literal["base", "student"] = setting(
+        "base",
+        help="base: the model's own samples in many steps, drawn once before the run and kept in cache_dir. student: "
+        "the trained network's one-step samples of the moment, which L_sup cannot learn from.",
+    )
+    num_inference_steps: int = setting(50, help="Sampling steps of a sample of the base.")
+    samples_per_prompt: int = setting(1, help="Samples of the base for each prompt, each of its own noise.")
+
+
 # ---- the run
 
 
@@ -117,6 +132,16 @@ class TrainConfig:
     max_train_steps: int = setting(1000, help="Optimizer steps of the whole run, a resumed one included.")
     seed: int = setting(0, help="Of data order, prompts, noise and, for a new network, weights.")
     device: str = setting("auto", help="auto (cuda if there is one, else cpu) or a torch device such as cuda:1.")
+    distributed: Literal["auto", "ddp", "fsdp2"] = setting(
+        "auto",
+        help="How several processes share the network: ddp keeps a whole one in each, fsdp2 a part. auto does what "
+        "accelerate's config says, and ddp where it says nothing.",
+    )
+    distributed_timeout: float = setting(
+        1800.0,
+        help="Seconds that processes wait for each other before the run ends with an error; longer than a validation "
+        "and than writing a checkpoint.",
+    )
     resume_from_checkpoint: str | None = setting(None, help="A checkpoint folder, its name in output_dir, or latest.")
     overwrite_output_dir: bool = setting(
         False, help="Delete the checkpoints and metrics of an earlier run in output_dir."
@@ -154,11 +179,25 @@ class TrainConfig:
     train_text_encoder: bool = setting(
         False, help="Train the text encoder too (loss flow_matching only: the objective needs fixed conditions)."
     )
-    gradient_checkpointing: bool = setting(
-        False, help="Recompute activations in backward: less memory, about a third more time."
+    gradient_checkpointing: bool | int | list[int] = setting(
+        False,
+        help="Recompute activations in backward: less memory, about a third more time. true: in every block of the "
+        "transformer. A number n: in every n-th one. A list: in the blocks with these numbers, from 0.",
+    )
+    activation_offload: bool = setting(
+        False,
+        help="Keep what backward needs in the memory of the CPU meanwhile: with gradient_checkpointing the inputs of "
+        "the blocks, without it everything that they save. Changes no number.",
+    )
+    block_offload: bool = setting(
+        False,
+        help="Keep the frozen weights of the blocks in the memory of the CPU and fetch each block when it runs: the "
+        "base of a LoRA, and the frozen real branch of full tuning. Changes no number.",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
-        "no", help="Autocast of the network; weights and optimizer stay as they are. fp16 is not implemented yet."
+        "no",
+        help="Autocast of the network; weights and optimizer stay as they are. fp16 scales the loss and leaves out the "
+        "steps in which that overflows.",
     )
     compile: bool = setting(False, help="Compile the repeated blocks of the transformer. The first steps are slow.")
 
@@ -186,14 +225,59 @@ class TrainConfig:
 
     dataset_name: str = setting(
         DIGITS,
-        help="digits (the scanned digits that scikit-learn ships, with text prompts), or a folder of pictures with "
-        "metadata.jsonl (file_name, text) or a .txt caption beside each.",
+        help="digits (the scanned digits that scikit-learn ships, with text prompts); a folder of pictures with "
+        "metadata.jsonl (file_name, text) or a .txt caption beside each; .parquet files; WebDataset shards (.tar, with "
+        "a pattern such as data-{000..031}.tar, on this machine or by http and https); a folder that datasets saved; "
+        "or hub:OWNER/NAME, a data set on the Hugging Face hub.",
         group="Data",
+    )
+    dataset_split: str | None = setting(
+        None, help="Split of a data set that has several; null is train, or the only one."
+    )
+    image_column: str | None = setting(
+        None, help="Column of the pictures, or the end of their names in shards; null finds it where there is one."
+    )
+    caption_column: str | None = setting(
+        None,
+        help="Column of the captions: in shards the end of their names (txt) or a key of the .json, in a folder a key "
+        "of metadata.jsonl; null finds it.",
+    )
+    max_bad_share: float = setting(
+        0.05,
+        help="Share of broken pictures, empty captions and shards cut short that are left out with a warning; with "
+        "more the run stops. A single one never stops it, unless this is 0.",
+    )
+    aspect_buckets: bool = setting(
+        False,
+        help="Bring each picture to the nearest of several aspect ratios with about as many pixels as resolution, "
+        "instead of cropping all to one.",
+    )
+    max_aspect_ratio: float = setting(2.0, help="The longest edge of a bucket is at most this times its shortest.")
+    aspect_bucket_step: int | None = setting(
+        None,
+        help="What the edges of buckets are multiples of, in pixels; null is the model's own multiple, doubled up to "
+        "about a sixteenth of resolution.",
     )
     resolution: int | list[int] | None = setting(
         None,
         help="Edge of the square that pictures are resized and cropped to, or [height, width]; null is the size that "
         "the model was built for.",
+    )
+    prompts: str | None = setting(
+        None,
+        help="A text file with a prompt a line, in place of pictures: the run then trains on samples of the model "
+        "itself (see prompts_only).",
+    )
+    prompts_only: PromptsOnlySettings = setting(help="the samples of a run with prompts.", factory=PromptsOnlySettings)
+    cache_dir: str | None = setting(
+        None,
+        help="Folder of what `apex-fast cache` encoded, from which the run then trains; null is OUTPUT_DIR.cache, "
+        "beside output_dir, if there is one.",
+    )
+    max_uncached_text_parameters: int | None = setting(
+        1_000_000_000,
+        help="A run of several processes whose text encoders have more parameters than this asks for `apex-fast cache` "
+        "first; null never asks.",
     )
     train_batch_size: int = setting(64, help="Samples in one pass.")
     gradient_accumulation_steps: int = setting(1, help="Passes whose gradients are averaged for one optimizer step.")
@@ -201,7 +285,15 @@ class TrainConfig:
         0.0, help="Share of prompts replaced by the empty one, so that guidance has something to guide from."
     )
 
-    learning_rate: float = setting(3e-4, help="Peak learning rate of AdamW.", group="Optimizer")
+    optimizer: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw",
+        help="adamw, or adamw_8bit: its two moments in 8 bits each (bitsandbytes), a quarter of their memory.",
+        group="Optimizer",
+    )
+    learning_rate: float = setting(3e-4, help="Peak learning rate of AdamW.")
+    shift_learning_rate: float | None = setting(
+        None, help="The same for a trainable shift (shift.trainable), which has no weight decay; null: learning_rate."
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = setting(
         "constant", help="What follows the warm-up; linear and cosine end at 0."
     )
@@ -211,9 +303,11 @@ class TrainConfig:
     adam_weight_decay: float = setting(0.0, help="AdamW's weight decay.")
     adam_epsilon: float = setting(1e-8, help="AdamW's epsilon.")
     max_grad_norm: float | None = setting(1.0, help="Gradients are scaled down to this norm; null turns that off.")
-    ema_decay: float | None = setting(
+    ema_decay: float | list[float] | None = setting(
         0.99,
-        help="Decay of the average of the weights that is evaluated and exported; null uses the weights themselves.",
+        help="Decay of the average of the weights that is evaluated and exported; null uses the weights themselves. A "
+        "list keeps one average for each, the first of which is evaluated and exported; `apex-fast export --ema` "
+        "takes another.",
     )
 
     schedule: Literal["auto", "sequential", "joint", "retain"] = setting(
@@ -251,22 +345,46 @@ class TrainConfig:
         help="terms, weights, clip, times, warm-up and ramp.", factory=ObjectiveSettings
     )  # type: ignore[valid-type]
 
+    alarms: AlarmSettings = setting(help="what the run watches in itself.", factory=AlarmSettings)
+
     validation_prompts: list[str] = setting(
         help="Prompts drawn at every validation.", factory=list, group="Validation, checkpoints, logging"
     )
-    validation_steps: int | None = setting(None, help="Steps between validations; null turns them off.")
+    validation_steps: int | None = setting(None, help="Steps between validations; null has none by steps.")
+    validation_minutes: float | None = setting(
+        None, help="Minutes between validations, counted from the end of the last one; null has none by time."
+    )
     validation_images_per_prompt: int = setting(
         4, help="Images of each validation prompt, with the same seeds every time."
     )
-    validation_num_inference_steps: int = setting(1, help="Sampling steps of a validation.")
+    validation_num_inference_steps: int | list[int] = setting(
+        help="Sampling steps of the pictures of a validation, one number or several; the first is also what is scored "
+        "and what the model card says.",
+        factory=lambda: [1, 2, 4],
+    )
+    validation_base_inference_steps: int | None = setting(
+        30,
+        help="Sampling steps in which the model draws the same prompts once before it is tuned, guided as the real "
+        "branch is; those pictures stand beside every validation. null draws none.",
+    )
     validation_metrics: bool = setting(
         False, help="Score each validation with the data set's metrics (Frechet distance, accuracy, diversity)."
     )
     checkpointing_steps: int | None = setting(500, help="Steps between checkpoints; null writes only the last one.")
     checkpoints_total_limit: int | None = setting(3, help="Checkpoints kept; the oldest go first. null keeps all.")
+    best_metric: str | None = setting(
+        None,
+        help="A number of the validations, such as validation/frechet; the checkpoint with the best one is "
+        "kept beside the newest ones.",
+    )
+    best_metric_mode: Literal["min", "max"] = setting(
+        "min", help="Whether the smallest best_metric is best or the largest."
+    )
     logging_steps: int = setting(10, help="Steps between lines of metrics.jsonl.")
-    report_to: Literal["tensorboard", "none"] = setting(
-        "none", help="tensorboard: scalars and sample grids in output_dir/tensorboard. metrics.jsonl is always written."
+    report_to: Literal["tensorboard", "wandb", "none"] = setting(
+        "tensorboard",
+        help="tensorboard: scalars and sample grids in output_dir/tensorboard. wandb: the same on Weights & Biases. "
+        "metrics.jsonl is always written.",
     )
 
     def __post_init__(self) -> None:
@@ -277,9 +395,9 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "logging_steps",
             "validation_images_per_prompt",
-            "validation_num_inference_steps",
         ):
             _at_least(name, getattr(self, name), 1)
+        self._check_validation()
         for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
@@ -293,14 +411,20 @@ class TrainConfig:
             )
         if not self.learning_rate > 0:
             raise SettingsError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.shift_learning_rate is not None and not self.shift_learning_rate > 0:
+            raise SettingsError(f"shift_learning_rate must be above 0, got {self.shift_learning_rate}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise SettingsError(f"max_grad_norm must be above 0 (null turns clipping off), got {self.max_grad_norm}")
         if not 0.0 <= self.proportion_empty_prompts <= 1.0:
             raise SettingsError(f"proportion_empty_prompts must lie in [0, 1], got {self.proportion_empty_prompts}")
-        for name in ("ema_decay", "real_ema_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise SettingsError(f"{name} must be at least 0 and below 1, got {value}")
+        if not 0.0 <= self.real_ema_decay < 1.0:
+            raise SettingsError(f"real_ema_decay must be at least 0 and below 1, got {self.real_ema_decay}")
+        if self.ema_decay is not None:
+            try:
+                check_decays(self.ema_decays)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
+        self._check_memory()
         if self.loss != "flow_matching":
             if self.pretrained_model_name_or_path is None:
                 raise SettingsError(
@@ -316,7 +440,8 @@ class TrainConfig:
                 )
         if self.loss != "correction" and self.guidance_scale not in (None, 1.0):
             raise SettingsError(f"guidance_scale: the {self.loss} loss has no real branch to guide; leave it out")
-        if self.dataset_name == DIGITS and self.resolution is not None:
+        self._check_prompts()
+        if self.dataset_name == DIGITS and self.prompts is None and self.resolution is not None:
             raise SettingsError(
                 "resolution: the scanned digits have 8 x 8 pixels; leave it out, or name a folder of pictures"
             )
@@ -324,14 +449,29 @@ class TrainConfig:
             edges = [self.resolution] if isinstance(self.resolution, int) else self.resolution
             if isinstance(self.resolution, list) and len(edges) != 2 or min(edges, default=0) < 1:
                 raise SettingsError(f"resolution must be one edge in pixels or [height, width], got {self.resolution}")
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise SettingsError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
+        if not self.max_aspect_ratio >= 1.0:
+            raise SettingsError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
+        if self.aspect_bucket_step is not None:
+            _at_least("aspect_bucket_step", self.aspect_bucket_step, 1)
+        if self.prompts is not None and self.aspect_buckets:
+            raise SettingsError("aspect_buckets is for pictures, and a run with prompts has none; leave it out")
+        if self.dataset_name == DIGITS:
+            for name in ("aspect_buckets", "image_column", "caption_column", "dataset_split"):
+                if getattr(self, name):
+                    raise SettingsError(f"{name}: the scanned digits have nothing of the kind; leave it out")
         if self.validation_metrics and self.dataset_name != DIGITS:
             raise SettingsError(
                 f"validation_metrics scores digits, and dataset_name is {self.dataset_name}; write validation_prompts "
                 "and look at the pictures"
             )
-        if self.mixed_precision == "fp16":
+        if not self.distributed_timeout > 0:
+            raise SettingsError(f"distributed_timeout must be above 0 seconds, got {self.distributed_timeout}")
+        if self.best_metric is not None and not self.validation_metrics:
             raise SettingsError(
-                "mixed_precision: fp16 is not implemented (it needs loss scaling, and no CPU runs it); write bf16 or no"
+                f"best_metric: {self.best_metric} is a number of the validations, and this run has none; write "
+                "validation_metrics: true, or leave best_metric out"
             )
         if self.loss == "flow_matching" and self.pretrained_model_name_or_path is None and not self.model.transformer:
             raise SettingsError(
@@ -357,10 +497,99 @@ class TrainConfig:
                     "schedule: sequential cannot serve loss: paper, whose L_fake has a gradient into the generator; "
                     "write schedule: retain, or objective.detach_x_fake: true"
                 )
-        if self.validation_steps is not None and not (self.validation_prompts or self.validation_metrics):
+
+    def _check_validation(self) -> None:
+        counts = self.inference_steps
+        if not counts:
+            raise SettingsError("validation_num_inference_steps is empty; write one number of steps or several")
+        for count in counts:
+            _at_least("validation_num_inference_steps", count, 1)
+        if len(set(counts)) < len(counts):
+            raise SettingsError(f"validation_num_inference_steps has a number twice: {counts}; keep one")
+        if self.validation_base_inference_steps is not None:
+            _at_least("validation_base_inference_steps", self.validation_base_inference_steps, 1)
+        if self.validation_minutes is not None and not self.validation_minutes > 0:
             raise SettingsError(
-                "validation_steps is set but there is nothing to validate: write validation_prompts or "
-                "validation_metrics: true"
+                f"validation_minutes must be above 0 (null has none by time), got {self.validation_minutes}"
+            )
+        for name in ("validation_steps", "validation_minutes"):
+            if getattr(self, name) is not None and not (self.validation_prompts or self.validation_metrics):
+                raise SettingsError(
+                    f"{name} is set but there is nothing to validate: write validation_prompts or "
+                    "validation_metrics: true"
+                )
+
+    def _check_memory(self) -> None:
+        """What is recomputed, and what waits in the memory of the CPU."""
+        policy = self.gradient_checkpointing
+        if not isinstance(policy, bool):
+            if policy == [] or (isinstance(policy, int) and policy < 1):
+                raise SettingsError(
+                    f"gradient_checkpointing: {policy}: write true for every block, false for none, a number from 1 "
+                    "for every n-th block, or the numbers of the blocks, from 0"
+                )
+            if isinstance(policy, list) and (min(policy) < 0 or len(set(policy)) < len(policy)):
+                raise SettingsError(f"gradient_checkpointing: each block once, counted from 0, got {policy}")
+        for name in ("activation_offload", "block_offload"):
+            if getattr(self, name) and self.compile:
+                raise SettingsError(f"{name} moves tensors between calls, which compiled blocks do not allow; drop one")
+        if not self.block_offload:
+            return
+        if self.quantization is not None:
+            raise SettingsError(
+                f"block_offload moves plain weights, and quantization: {self.quantization} stores them with tables of "
+                "their own; write one of the two"
+            )
+        if self.real_branch_in_use == "ema":
+            raise SettingsError(
+                "block_offload keeps frozen weights on the CPU, and real_branch: ema changes in every step; write "
+                "real_branch: frozen, or leave block_offload out"
+            )
+        if self.rank is None and (self.real_branch_in_use != "frozen" or self.loss != "correction"):
+            raise SettingsError(
+                "block_offload moves frozen weights, and this run has none: all parameters are tuned (rank: null) and "
+                f"real_branch is {self.real_branch_in_use}; write rank or real_branch: frozen, or leave it out"
+            )
+
+    def _check_prompts(self) -> None:
+        """What trains on samples of the model itself."""
+        own = self.prompts_only
+        _at_least("prompts_only.num_inference_steps", own.num_inference_steps, 1)
+        _at_least("prompts_only.samples_per_prompt", own.samples_per_prompt, 1)
+        if self.prompts is None:
+            if own != PromptsOnlySettings():
+                raise SettingsError("prompts_only says how a run without pictures gets its samples; write prompts, too")
+            return
+        if self.dataset_name != DIGITS:
+            raise SettingsError(
+                f"prompts: {self.prompts} and dataset_name: {self.dataset_name}: a run trains on samples of the model "
+                "or on pictures; leave one of them out"
+            )
+        if self.pretrained_model_name_or_path in (None, DIGITS_START):
+            raise SettingsError(
+                "prompts: samples are drawn from a pretrained pipeline; set pretrained_model_name_or_path to its "
+                "folder or hub id"
+            )
+        if self.validation_metrics:
+            raise SettingsError("validation_metrics scores digits, and prompts has none; leave it out")
+        if own.samples != "student":
+            return
+        if self.loss != "correction":
+            raise SettingsError(
+                f"prompts_only.samples: student is for loss: correction: {self.loss} would fit the network to its own "
+                "one-step samples, which says nothing of the data; write samples: base"
+            )
+        if self.objective.supervised_weight != 0:
+            raise SettingsError(
+                "prompts_only.samples: student needs objective.supervised_weight: 0: L_sup on the network's own "
+                "samples teaches it the velocity of what it makes already, errors included, which is what the shifted "
+                "branch is for. Write objective.supervised_weight: 0, or samples: base, with which 2 to 50 steps keep "
+                "working, too"
+            )
+        if self.real_branch_in_use != "frozen":
+            raise SettingsError(
+                f"prompts_only.samples: student with real_branch: {self.real_branch}: nothing would hold the real "
+                "branch to the data; write real_branch: frozen"
             )
 
     def _check_weights(self) -> None:
@@ -428,11 +657,34 @@ class TrainConfig:
         return "full" if self.rank is None else "lora"
 
     @property
+    def ema_decays(self) -> list[float]:
+        """``ema_decay`` as a list, empty for null; the first is evaluated and exported."""
+        if self.ema_decay is None:
+            return []
+        return list(self.ema_decay) if isinstance(self.ema_decay, list) else [self.ema_decay]
+
+    @property
     def real_branch_in_use(self) -> Literal["frozen", "ema", "live"]:
         """``real_branch`` with "auto" resolved; live, which holds no copy, where the loss has no real branch."""
         if self.loss != "correction" or self.objective.correction_weight == 0:
             return "live"
         return REAL_BRANCH[self.mode] if self.real_branch == "auto" else self.real_branch  # type: ignore[return-value]
+
+    @property
+    def inference_steps(self) -> list[int]:
+        """``validation_num_inference_steps`` as a list."""
+        counts = self.validation_num_inference_steps
+        return [counts] if isinstance(counts, int) else list(counts)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is any validation."""
+        return self.validation_steps is not None or self.validation_minutes is not None
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether validations draw pictures, for which the VAE has to stay."""
+        return self.validates and bool(self.validation_prompts)
 
     @property
     def image_size(self) -> tuple[int, int] | None:

@@ -17,11 +17,16 @@ schedule to that, for full tuning and LoRA, with and without gradient checkpoint
 
 The real branch is only read, so it stays outside of DistributedDataParallel; under :func:`shard` a copy is sharded like
 the network. What FSDP2's ``no_sync`` costs is memory: the gradients that wait for the last backward are whole, one more
-copy of the trained parameters. ``reduce_every_backward=True`` exchanges them at once instead.
+copy of the trained parameters. ``reduce_every_backward=True`` exchanges them at once instead. FSDP2 settles its state
+in its first forward, and a step may begin without gradient: :func:`prime` runs one forward and backward at set-up.
+
+Under FSDP2 parameters, gradients, moments and averages are DTensors, each process holding its rows;
+:mod:`apex_fast.parts` leads from there to plain tensors and back, and :func:`clip_grad_norm_` has the norm of it all.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -31,6 +36,9 @@ import torch.distributed as dist
 from torch import nn
 
 from apex_fast.backbones.base import Backbone
+from apex_fast.condition import Condition
+from apex_fast.parts import is_sharded, whole
+from apex_fast.training.models import Autocast
 from apex_fast.velocities import Velocities
 
 NoSync = Callable[[], AbstractContextManager]
@@ -43,7 +51,7 @@ def replicate(velocities: Velocities, backbone: Backbone, **options: Any) -> NoS
     real branch stays what it is. Parameters are made equal to those of the first process.
 
     Args:
-        velocities: the roles of ``backbone``, whose generator is the backbone itself.
+        velocities: the roles of ``backbone``, whose generator is the backbone itself, or it under autocast.
         options: of ``torch.nn.parallel.DistributedDataParallel``, such as ``device_ids`` or ``bucket_cap_mb``.
 
     Returns:
@@ -65,7 +73,10 @@ def replicate(velocities: Velocities, backbone: Backbone, **options: Any) -> NoS
             f"replicate: no output of this {backbone.family} network depends on {waiting[:3]}; freeze what "
             "backbone.parameters_without_gradient() names before the roles are made"
         )
-    wrapped = nn.parallel.DistributedDataParallel(backbone, **options)
+    wrapper: Any = nn.parallel.DistributedDataParallel
+    if not options.get("broadcast_buffers", True) and "forward_sync_buffers" in inspect.signature(wrapper).parameters:
+        options["forward_sync_buffers"] = options.pop("broadcast_buffers")  # its name from torch 2.13 on
+    wrapped = wrapper(velocities.generator, **options)
     velocities.generator = wrapped
     return wrapped.no_sync
 
@@ -90,9 +101,12 @@ def shard(velocities: Velocities, backbone: Backbone, *, reduce_every_backward: 
         ValueError: another generator than the backbone.
     """
     _check(velocities, backbone, "shard")
-    copies = [role for role in (backbone, velocities.real) if isinstance(role, Backbone)]
-    for network in copies:
-        _shard(network.transformer, options)
+    copies = [_bare(role) for role in (backbone, velocities.real)]
+    for network in (copy for copy in copies if isinstance(copy, Backbone)):
+        # Left to itself FSDP2 keeps the outermost parameters whole after a forward, for the backward that follows. A
+        # branch that is only read has none, and what then writes to its parts (an average) would not be seen.
+        keeps = options.get("reshard_after_forward") is False and network is backbone
+        _shard(network.transformer, {**options, "reshard_after_forward": not keeps})
 
     @contextmanager
     def no_sync() -> Iterator[None]:
@@ -115,13 +129,17 @@ def _shard(transformer: nn.Module, options: dict[str, Any]) -> None:
     fully_shard(transformer, **options)
 
 
+def _bare(role: Any) -> Any:
+    return role.module if isinstance(role, Autocast) else role
+
+
 def _check(velocities: Velocities, backbone: Backbone, what: str) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             f"{what}: there is no process group; start with torchrun or accelerate launch and call "
             "torch.distributed.init_process_group first"
         )
-    if velocities.generator is not backbone:
+    if _bare(velocities.generator) is not backbone:
         raise ValueError(
             f"{what}: the generator of these roles is a {type(velocities.generator).__name__}, not the backbone; make "
             "the roles of the bare backbone and wrap it here"
@@ -142,3 +160,52 @@ def average_gradients(parameters: Iterable[torch.Tensor], group: dist.ProcessGro
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad, group=group)
         parameter.grad /= dist.get_world_size(group)
+
+
+def reshard(network: nn.Module) -> None:
+    """Lets go of the whole parameters that a forward without backward has left in a sharded ``network``; before and
+    after its parts are written to."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def prime(velocities: Velocities, x: torch.Tensor, condition: Condition) -> None:
+    """One forward with gradient and its backward through the generator, whose gradients are dropped: what a wrapper
+    settles in its first forward is settled for training, however the first step begins.
+
+    Args:
+        x: ``[B, ...]`` of the run's shape, such as zeros; condition: of as many samples. Random states and gradients
+            are as before afterwards.
+    """
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        velocity = velocities.generator(x, torch.full((x.shape[0],), 0.5, device=x.device), condition)
+        (velocity.float() * 0).sum().backward()
+    generator: Any = velocities.generator
+    for parameter in generator.parameters():
+        parameter.grad = None
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scales the gradients of all ``parameters`` down to the norm ``limit``, those sharded over the processes and plain
+    ones as one vector, and returns their norm before: a plain 0-d tensor, the same in every process.
+
+    Gradients of plain parameters must be equal in all processes already (:func:`average_gradients`).
+    """
+    parameters = list(parameters)
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
+    plain = [p for p in parameters if not is_sharded(p)]
+    norms = [
+        whole(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in (sharded, plain)
+    ]
+    norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
+    for kind in (sharded, plain):
+        if kind:
+            torch.nn.utils.clip_grads_with_norm_(kind, limit, norm)
+    return norm

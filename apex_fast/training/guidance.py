@@ -49,8 +49,15 @@ def real_guidance(config: TrainConfig, backbone: Backbone) -> RealGuidance | Non
     Raises:
         SettingsError: guidance without a prompt to guide away from.
     """
-    if not _has_real_branch(config):
-        return None
+    return run_guidance(config, backbone) if _has_real_branch(config) else None
+
+
+def run_guidance(config: TrainConfig, backbone: Backbone) -> RealGuidance | None:
+    """The same for whatever samples the model as its pipeline would, also in a run without a real branch.
+
+    Raises:
+        SettingsError: guidance without a prompt to guide away from.
+    """
     teacher = _teacher(backbone)
     negative = teacher.negative_prompt if config.negative_prompt is None else config.negative_prompt
     if config.guidance_scale is None and negative is None:

@@ -14,13 +14,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class StopRequest:
     """While this context is open, the first SIGINT or SIGTERM sets ``received`` and calls ``on_request(name)``; a
-    second one ends the process at once.
+    second Ctrl-C ends the process at once.
+
+    A second SIGTERM does not: a scheduler sends it to all processes of a job, and a launcher among them passes it on to
+    the others, which is the same request then.
 
     Outside the main thread (where Python allows no handlers) it does nothing.
     """
 
     def __init__(self, on_request: Callable[[str], None]) -> None:
         self.received: signal.Signals | None = None
+        self.agreed = False
         self._on_request = on_request
         self._before: dict[signal.Signals, Any] = {}
 
@@ -39,12 +43,23 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if number == signal.SIGTERM:
+                return
             # The default action ends the process without unwinding: nothing can hold the second Ctrl-C up.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.received = signal.Signals(number)
         self._on_request(self.received.name)
+
+    def agree(self, largest: Callable[[int], int]) -> None:
+        """Sets ``agreed`` if a process of the run was asked to stop, and ``received`` with it.
+
+        largest: the largest of the numbers of all processes, which call it together; in one process the number itself.
+        """
+        number = largest(0 if self.received is None else int(self.received))
+        if number:
+            self.received, self.agreed = signal.Signals(number), True
 
     @property
     def exit_code(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import random
 import sys
@@ -17,26 +18,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apex_fast.caching.reading import open_run_data
 from apex_fast.command import command_name
 from apex_fast.condition import Condition
+from apex_fast.data.tar_shards import shown
+from apex_fast.draws import Draws
 from apex_fast.finite import GRADIENT_NORM, NonFiniteLossError
 from apex_fast.objective import ApexObjective
 from apex_fast.training import checkpoint as checkpoints
-from apex_fast.training import state, validation
-from apex_fast.training.batches import Batches
+from apex_fast.training import distributed, environment, processes, state, validation
+from apex_fast.training.alarms import EXIT_CODE, Alarms, one_step_spread
+from apex_fast.training.base_samples import describe, own_samples
+from apex_fast.training.batches import Batches, check_same_data
 from apex_fast.training.config import TrainConfig
 from apex_fast.training.ema import WeightAverage
-from apex_fast.training.encoding import data_digest, encode_data, open_data, picture_size
+from apex_fast.training.encoding import data_digest, encode_data, picture_size
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import real_guidance, unused_guidance
 from apex_fast.training.interrupt import StopRequest
 from apex_fast.training.memory import during, release
-from apex_fast.training.models import device_of, fingerprint
-from apex_fast.training.progress import Console, MetricsFile, TensorBoard, as_numbers
+from apex_fast.training.models import fingerprint
+from apex_fast.training.optimizers import make_optimizer, set_rates, step_unless
+from apex_fast.training.phases import PHASES, Course, status
+from apex_fast.training.processes import NoMetrics, Silence, lost_processes
+from apex_fast.training.progress import Board, Console, MetricsFile, as_numbers, open_board
 from apex_fast.training.results import MODEL_FOLDER, Record, save_trained
 from apex_fast.training.schedule import learning_rate_factor
-from apex_fast.training.settings import as_mapping, write_yaml
+from apex_fast.training.settings import SettingsError, as_mapping, write_yaml
 from apex_fast.training.setup import (
+    check_spreading,
     compile_blocks,
     cost_of_a_step,
     load_backbone,
@@ -46,7 +56,8 @@ from apex_fast.training.setup import (
     record_of,
     start_lora_hint,
 )
-from apex_fast.training.visibility import check_visibility
+from apex_fast.training.timing import BACKWARD, DATA, FORWARD, OPTIMIZER, SYNCHRONISATION, StepTimer, peak_bytes
+from apex_fast.training.visibility import asks_the_shifted_branch, check_visibility
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,12 @@ class RunResult:
     finished: bool
     exit_code: int
     seconds: float
+
+
+SANA_IN_FP16 = (
+    "mixed_precision: fp16: SANA's linear attention divides by a sum that fp16 rounds to 0 where the sum is nearly so; "
+    "the steps in which that happens are left out and counted. mixed_precision: bf16 has no such trouble"
+)
 
 
 class Trainer:
@@ -80,27 +97,35 @@ class Trainer:
             SettingsError: the output folder holds another run, or a key does not fit the machine.
             CheckpointError: nothing to resume from, or it does not fit.
         """
-        self.config, self.callbacks, self.label, self.stream = config, list(callbacks), label, stream
+        self.config, self.callbacks, self.label = config, list(callbacks), label
         self.output_dir = Path(config.output_dir)
-        self.device = device_of(config.device)
+        self.processes = processes.start(
+            config.device,
+            mixed_precision=config.mixed_precision,
+            accumulation=config.gradient_accumulation_steps,
+            distributed=config.distributed,
+            timeout=config.distributed_timeout,
+            checkpointing=config.gradient_checkpointing is not False,
+        )
+        self.is_main, self.accelerator = self.processes.is_main, self.processes.accelerator
+        self.stream = stream if self.is_main else Silence()
+        self.device = self.processes.device
+        if self.processes.world > 1:
+            check_spreading(config, self.processes)
         self.step = 0
         resume = None
-        if config.resume_from_checkpoint is not None:
-            checkpoints.restore_replaced(self.output_dir)
-            resume = checkpoints.resolve_checkpoint(config.resume_from_checkpoint, self.output_dir, self._say)
-        else:
-            state.claim_folder(config, delete=False)
-        checkpoints.clear_leftovers(self.output_dir)
+        if (found := self.processes.on_main(self._prepare_folder)) is not None:
+            resume = Path(found)
         # All of them, although only torch's is used here: a text encoder or a later data set may draw from the others.
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         np.random.seed(config.seed % (1 << 32))
-        source = open_data(config)
+        source, cache = open_run_data(config, self.processes, self._say, self.stream)
         # Before unreadable pictures are left out: that is found in every part of a run again.
-        self.data_digest = data_digest(source)
+        self.data_digest = cache.data_digest if cache is not None else data_digest(source)
         prompts = getattr(source, "vocabulary", None) or getattr(source, "captions", [])
         with during("loading the model"):
-            self.backbone = load_backbone(config, prompts)
+            self.backbone = load_backbone(config, prompts, **({} if cache is None else cache.load_options))
         # Before the weights of a checkpoint go in: the frozen real branch is the model that the run started from.
         self.start_fingerprint = fingerprint(self.backbone)
         self.guidance = real_guidance(config, self.backbone)
@@ -114,10 +139,11 @@ class Trainer:
         if resume is not None:
             state.check_history(self, resume)
         with during("encoding pictures and prompts"):
-            encoded = encode_data(config, self.backbone, source, self.device, self.guidance, self._say)
+            encoded = encode_data(config, self.backbone, source, self.device, self.guidance, self._say, cache=cache)
         self.negative = encoded.negative
-        with during(f"moving the model to {self.device}"):
-            self.backbone.to(self.device)
+        if not self.processes.sharded:
+            with during(f"moving the model to {self.device}"):
+                self.backbone.to(self.device)
         self.batches = Batches(
             encoded.data,
             self._encode,
@@ -127,34 +153,60 @@ class Trainer:
             cached=not config.train_text_encoder,
             empty_share=config.proportion_empty_prompts,
             table=encoded.table,
+            process=(self.processes.rank, self.processes.world),
         )
-        example = None if self.batches.table is None else self.batches.table.condition
+        check_same_data(self.processes.gather([self.data_digest, self.batches.order.sizes, encoded.warnings]))
+        example = None if self.batches.table is None else self.batches.table.example(1)
         self.objective, self._notes = make_objective(config, self.backbone, self.guidance, example)
         if isinstance(self.objective, ApexObjective):
             self.objective.shift.to(self.device)
-        self._notes += [*unused_guidance(config, self.backbone, self.guidance), *encoded.warnings]
+        if config.mixed_precision == "fp16" and self.backbone.family == "sana":
+            self._notes.append(SANA_IN_FP16)
+        self._notes += [*self.processes.notes, *unused_guidance(config, self.backbone, self.guidance)]
+        self._notes += [*encoded.warnings, *self.batches.warnings()]
+        self.course = Course(self.objective, config.max_train_steps)
+        self.timer = StepTimer(self.device)
+        # Relative change of the velocity by the shift, where the run was probed.
+        self.visibility: float | None = None
         with during("copying the model for the real branch"):
             self.velocities = make_velocities(config, self.backbone, self.device, self.guidance)
         if config.compile:
             compile_blocks(self.backbone, self.velocities)
+        # What runs the network outside of training steps, without a wrapper that counts forwards.
+        self.network = self.velocities.generator
+        # The context that a step's backwards run in, all but the last one.
+        self.no_sync: Callable[[], AbstractContextManager] | None = None
+        if self.processes.world > 1:
+            with during(f"spreading the model over {self.processes.world} processes"):
+                self.no_sync = self._spread()
         with during("copying the trained weights for their average"):
-            self.average = None if config.ema_decay is None else WeightAverage(self.backbone, config.ema_decay)
+            self.average = WeightAverage(self.backbone, config.ema_decays) if config.ema_decays else None
         self.parameters = [p for p in self.backbone.parameters() if p.requires_grad]
         if isinstance(self.objective, ApexObjective):
             self.parameters += [p for p in self.objective.shift.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
+        # Trained, but exchanged by no wrapper: a shift, and what a sharded network leaves whole.
+        network = set() if self.processes.sharded else {id(p) for p in self.backbone.parameters()}
+        self._unwrapped = [p for p in self.parameters if id(p) not in network and not distributed.is_sharded(p)]
+        shift = self.objective.shift if isinstance(self.objective, ApexObjective) else None
+        of_the_shift = [] if shift is None else [p for p in shift.parameters() if p.requires_grad]
+        rest = self.parameters[: len(self.parameters) - len(of_the_shift)]
+        self.optimizer = make_optimizer(config, rest, of_the_shift)
+        # Before a checkpoint is restored: how far the shift has drifted is counted from where it starts.
+        self.alarms = Alarms(
+            config.alarms, shift=shift, device=self.device, loss_scaling=config.mixed_precision == "fp16"
         )
+        if config.alarms.enabled:
+            self.objective.leave_finite_checks()
+        self._diversity_condition: Condition | None = None
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         # By name, as checkpoints keep them; torch's, numpy's and Python's own come on top.
         self.generators = {"objective": self.generator, "prompts": self.batches.generator}
+        # What takes the place of x in a run on the network's own samples.
+        self.own_samples = own_samples(self)
         self.schedule = config.schedule_in_use
-        # Where a launcher for several processes puts its context: all but the last backward of a step run in it.
-        self.no_sync: Callable[[], contextlib.AbstractContextManager] | None = None
+        # fp16 alone: its gradients vanish unless the loss is scaled.
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.mixed_precision == "fp16" else None
+        self.skipped_steps = 0
         # The step that is in a checkpoint of output_dir already.
         self.saved_step: int | None = None
         self._grad_norm: Tensor | None = None
@@ -164,13 +216,48 @@ class Trainer:
                 self._changed = state.restore(self, resume)
             self._notes += state.changed_data(self, resume)
         else:
-            if config.probe and config.loss == "correction" and config.objective.correction_weight > 0:
+            if config.probe and asks_the_shifted_branch(config):
                 with during("probing the shift"):
                     check_visibility(self)
             # Now that nothing of the config was refused.
-            state.claim_folder(config)
+            self.processes.on_main(lambda: state.claim_folder(config))
+        if self.processes.sharded:
+            with during("the first pass of the sharded model"):
+                self._prime()
+        # From here on every process draws its own dropout masks; the first one those of a run in one process.
+        if resume is None:
+            state.own_random_states(self)
 
     # ---- set-up
+
+    def _prepare_folder(self) -> str | None:
+        """Puts the folder of the run in order and returns the checkpoint to resume from; in the main process."""
+        config, resume = self.config, None
+        if config.resume_from_checkpoint is not None:
+            checkpoints.restore_replaced(self.output_dir)
+            resume = checkpoints.resolve_checkpoint(config.resume_from_checkpoint, self.output_dir, self._say)
+        else:
+            state.claim_folder(config, delete=False)
+        checkpoints.clear_leftovers(self.output_dir)
+        return None if resume is None else str(resume)
+
+    def _spread(self) -> Callable[[], AbstractContextManager]:
+        """Wraps the network for several processes; see :mod:`apex_fast.training.distributed`."""
+        if self.processes.sharded:
+            # Block by block from the CPU to the device, where the whole need not fit.
+            no_sync = distributed.shard(
+                self.velocities, self.backbone, mesh=self.processes.mesh(), **self.processes.shard_options
+            )
+            self.backbone.to(self.device)
+            return no_sync
+        # The processes have read the same model; quantised weights cannot be broadcast to make sure of it.
+        checked = {} if self.config.quantization is None else {"init_sync": False}
+        return distributed.replicate(self.velocities, self.backbone, broadcast_buffers=False, **checked)
+
+    def _prime(self) -> None:
+        table, one = self.batches.table, self.batches.data.images(self.batches.order.peek()[:1])
+        condition = self._encode([""]) if table is None else table.example(1)
+        distributed.prime(self.velocities, torch.zeros_like(one).to(self.device), condition)
 
     def _encode(self, prompts: list[str]) -> Condition:
         return self.backbone.encode(prompts, requires_grad=self.config.train_text_encoder).to(self.device)
@@ -187,21 +274,28 @@ class Trainer:
         until: an earlier step to stop at, as if interrupted there; schedules stay those of the whole run."""
         config, begun = self.config, time.monotonic()
         last = config.max_train_steps if until is None else min(until, config.max_train_steps)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(
-            self.output_dir / "config.yaml",
-            as_mapping(config),
-            leave_out=state.NOT_OF_THE_RUN[:2],
-        )
+        if self.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_yaml(
+                self.output_dir / "config.yaml",
+                as_mapping(config),
+                leave_out=state.NOT_OF_THE_RUN[:2],
+            )
         console = Console(last, self.step, label=self.label, stream=self.stream)
-        metrics = MetricsFile(self.output_dir / "metrics.jsonl", keep_until=self.step)
-        board = (
-            TensorBoard(self.output_dir / "tensorboard", purge_step=self.step + 1)
-            if config.report_to == "tensorboard"
-            else None
-        )
+        metrics: MetricsFile | NoMetrics = NoMetrics()
+        board = None
+        if self.is_main:
+            metrics = MetricsFile(self.output_dir / "metrics.jsonl", keep_until=self.step)
+            settings = as_mapping(config)
+            if isinstance(config.dataset_name, str):
+                # Users and queries of a URL stay here.
+                settings["dataset_name"] = shown(config.dataset_name)
+            board = open_board(config.report_to, self.output_dir, step=self.step, settings=settings)
         self.announce(console)
+        if self.is_main:
+            environment.note(self)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(lost_processes())
             stack.callback(metrics.close)
             stack.callback(console.close)
             if board is not None:
@@ -209,43 +303,63 @@ class Trainer:
             stop = stack.enter_context(
                 StopRequest(
                     lambda name: console.say_in_a_handler(
-                        f"{name}: finishing this step and saving a checkpoint; once more quits at once, without saving"
+                        f"{name}: finishing this step and saving a checkpoint"
+                        + ("; once more quits at once, without saving" if name == "SIGINT" else "")
                     )
                 )
             )
             self._call_back()
-            phase, note = None, ""
-            while self.step < last and stop.received is None:
+            if self.step == 0 and config.draws_pictures and config.validation_base_inference_steps is not None:
+                self._draw_start(console)
+            phase, latest = None, {}
+            milestones = [m for m in self.course.milestones() if m.step > self.step]
+            self._validated = time.monotonic()
+            self.timer.read()
+            console.begin(self.step)
+            # What a signal asks of one process, all do after the same step.
+            while self.step < last and not stop.agreed and self.alarms.halt is None:
                 if (now := self.phase(self.step)) != phase:
                     phase = now
                     console.say(f"step {self.step}: {PHASES[phase]}")
-                with during(f"step {self.step}"):
+                with during(f"step {self.step}"), self.timer.step():
                     values = self._one_step()
                 self.step += 1
+                self._heed_alarms(values, console, metrics)
+                with self.timer.role(SYNCHRONISATION):
+                    stop.agree(self.processes.largest)
                 if self.step % config.logging_steps == 0 or self.step == last:
-                    numbers = as_numbers(values)
+                    numbers = as_numbers(self.processes.mean(values))
+                    seconds, peak = self.timer.read(), peak_bytes(self.device)
                     record = {
                         **numbers,
                         "learning_rate": self._rate(self.step - 1),
                         "epoch": round(self.batches.epoch, 4),
                         "phase": phase,
+                        **{name: value for name, value in self.alarms.figures.items() if name not in numbers},
+                        **{f"seconds/{role}": value for role, value in seconds.items()},
+                        "images_per_second": self._images_of_a_step() / max(seconds["step"], 1e-9),
+                        "peak_bytes": peak,
                     }
+                    latest = {"numbers": {**self.alarms.figures, **numbers}, "seconds": seconds, "peak": peak}
                     metrics.write(self.step, record)
                     if board is not None:
                         board.scalars(self.step, record)
-                    note = f"[{PHASE_NAMES[phase]}] " + "  ".join(
-                        f"{k} {numbers[f'loss_{k}']:.4g}"
-                        for k in ("fake", "correction", "supervised")
-                        if f"loss_{k}" in numbers
-                    )
-                console.step(self.step, note)
+                state_of_step = status(self.course, self.step, **{"numbers": {}, **latest}, visibility=self.visibility)
+                console.step(self.step, state_of_step, pace=not latest)
+                if milestones and milestones[0].step <= self.step:
+                    console.say(milestones.pop(0).reached(latest.get("numbers", {})))
                 self._call_back()
                 # Saved first: what fails in a validation must not cost the steps before it.
-                over = self.step >= last or stop.received is not None
+                over = self.step >= last or stop.agreed
                 if over or self._due(config.checkpointing_steps):
-                    self.save()
-                if self._due(config.validation_steps):
-                    self._validate(metrics, console, board)
+                    with self.timer.aside():
+                        self.save()
+                if self._validation_due():
+                    with self.timer.aside():
+                        self._validate(metrics, console, board)
+                    self._validated = time.monotonic()
+                    # A signal that came in the meantime is not worth another step.
+                    stop.agree(self.processes.largest)
             finished = self.step >= config.max_train_steps
             path = self.save()
             if finished:
@@ -253,22 +367,67 @@ class Trainer:
                 console.say(f"finished at step {self.step}; the model is in {self.output_dir / MODEL_FOLDER}")
                 if (hint := start_lora_hint(config)) is not None:
                     console.say(hint)
-            elif stop.received is not None:
+            elif stop.agreed:
                 console.say(
                     f"stopped at step {self.step} of {config.max_train_steps}; saved {path}\n"
                     f"to go on: {command_name()} train {self.output_dir / 'config.yaml'} "
                     "--resume_from_checkpoint latest"
                 )
-        return RunResult(self.step, finished, 0 if finished else stop.exit_code, time.monotonic() - begun)
+            elif self.alarms.halt is not None:
+                console.say(
+                    f"an alarm stopped the run at step {self.step} of {config.max_train_steps}; saved {path}\n"
+                    f"read {self.alarms.halt.see}; to go on: {command_name()} train {self.output_dir / 'config.yaml'} "
+                    "--resume_from_checkpoint latest"
+                )
+        code = EXIT_CODE if self.alarms.halt is not None and not stop.agreed else stop.exit_code
+        return RunResult(self.step, finished, 0 if finished else code, time.monotonic() - begun)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _validate(self, metrics: MetricsFile, console: Console, board: TensorBoard | None) -> None:
+    def _validation_due(self) -> bool:
+        config = self.config
+        if self._due(config.validation_steps):
+            return True
+        if config.validation_minutes is None:
+            return False
+        if self.step == config.max_train_steps:
+            return True
+        # Asked where the host waits for the device anyway, and by one clock for all processes.
+        if self.step % config.logging_steps != 0:
+            return False
+        late = time.monotonic() - self._validated >= 60 * config.validation_minutes
+        return self.processes.from_main(late)
+
+    def _draw_start(self, console: Console) -> None:
         try:
-            scores = validation.validate(self, board)
+            # A sharded network runs in all processes or in none.
+            if self.is_main or self.processes.sharded:
+                steps = self.config.validation_base_inference_steps
+                console.say(f"drawing the validation prompts with the model as it is, in {steps} steps, once")
+                validation.draw_start(self)
+        except torch.OutOfMemoryError:
+            release()
+            console.say(
+                f"the start's own pictures: skipped, they do not fit into the memory of {self.device}; the run goes "
+                "on. Write validation_base_inference_steps: null, or a smaller resolution"
+            )
+        except ValueError as error:
+            console.say(f"careful: the start's own pictures are left out: {error}")
+
+    def _images_of_a_step(self) -> int:
+        """Samples that one step of the optimizer sees, in all processes together."""
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps * self.processes.world
+
+    def _validate(self, metrics: MetricsFile, console: Console, board: Board | None) -> None:
+        scores: dict[str, float] | None = {}
+        try:
+            # A sharded network runs in all processes or in none.
+            if self.is_main or self.processes.sharded:
+                scores = validation.validate(self, board)
         except torch.OutOfMemoryError:
             scores = None
+        scores = self.processes.from_main(scores)
         if scores is None:
             # Outside of the handler, whose error holds the tensors that did not fit.
             release()
@@ -278,8 +437,34 @@ class Trainer:
                 + (", or validation_metrics: false" if self.config.validation_metrics else "")
             )
         elif scores:
-            metrics.write(self.step, {f"validation/{k}": v for k, v in scores.items()})
+            self._keep_best(scores, console)
+            found = {f"validation/{k}": v for k, v in scores.items()}
+            metrics.write(self.step, found)
+            if board is not None:
+                board.scalars(self.step, found)
             console.say(f"step {self.step}, validation: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+    def _keep_best(self, scores: dict[str, float], console: Console) -> None:
+        """Saves and keeps this step if it is the best one so far by ``best_metric``."""
+        config = self.config
+        if config.best_metric is None:
+            return
+        name = config.best_metric.removeprefix("validation/")
+        if name not in scores:
+            raise SettingsError(
+                f"best_metric: {config.best_metric} is not measured; this run's validations have "
+                + ", ".join(f"validation/{known}" for known in scores)
+            )
+        found = self.processes.on_main(lambda: checkpoints.read_best(self.output_dir))
+        before = found["value"] if found and found["metric"] == config.best_metric else None
+        value = scores[name]
+        if before is not None and not (value < before if config.best_metric_mode == "min" else value > before):
+            return
+        path = self.save()
+        if self.is_main:
+            checkpoints.write_best(self.output_dir, path, config.best_metric, value)
+            checkpoints.prune(self.output_dir, config.checkpoints_total_limit)
+            console.say(f"step {self.step}: the best {config.best_metric} so far, {value:.3f}; {path.name} is kept")
 
     def announce(self, console: Console) -> None:
         """Says what the run does and what to expect of it."""
@@ -287,7 +472,7 @@ class Trainer:
         console.say(
             f"{self.config.loss}: {trained / 1e6:.2f} M trained parameters{self._way()}, "
             f"{len(self.batches.data)} samples, {self.config.max_train_steps - self.step} steps of "
-            f"{self.config.train_batch_size * self.config.gradient_accumulation_steps} on {self.device}"
+            f"{self._images_of_a_step()} on {self._place()}"
         )
         if self.step:
             console.say(
@@ -300,6 +485,8 @@ class Trainer:
                 )
         if cost := cost_of_a_step(self.config, self.guidance):
             console.say(cost)
+        if self.config.prompts is not None:
+            console.say(describe(self.config))
         for note in self._notes:
             console.say(f"careful: {note}")
         if self.config.loss != "flow_matching":
@@ -307,6 +494,15 @@ class Trainer:
                 "one-step samples get worse before they get better: the generator lets go of its blurred average "
                 "first. That is expected."
             )
+        for milestone in self.course.milestones():
+            if milestone.step > self.step:
+                console.say(milestone.announce())
+
+    def _place(self) -> str:
+        if self.processes.world == 1:
+            return str(self.device)
+        shared = "a part of the network" if self.processes.sharded else "a whole network"
+        return f"{self.processes.world} processes ({self.device.type}), {shared} in each"
 
     def _way(self) -> str:
         config = self.config
@@ -318,22 +514,18 @@ class Trainer:
 
     def phase(self, step: int) -> str:
         """The part of the run that ``step`` belongs to, a key of PHASES."""
-        if not isinstance(self.objective, ApexObjective):
-            return "flow"
-        return self.objective.phase(step)
+        return self.course.phase(step)
 
     def phases(self) -> list[tuple[int, str]]:
         """(first step, name) of every phase of the run, in order."""
-        found: list[tuple[int, str]] = []
-        for step in range(self.config.max_train_steps):
-            name = PHASE_NAMES[self.phase(step)]
-            if not found or found[-1][1] != name:
-                found.append((step, name))
-        return found
+        return self.course.phases()
 
     def _rate(self, step: int) -> float:
+        return self.config.learning_rate * self._rate_factor(step)
+
+    def _rate_factor(self, step: int) -> float:
         config = self.config
-        return config.learning_rate * learning_rate_factor(
+        return learning_rate_factor(
             step, kind=config.lr_scheduler, warmup_steps=config.lr_warmup_steps, total_steps=config.max_train_steps
         )
 
@@ -343,41 +535,119 @@ class Trainer:
         sums: dict[str, Tensor] = {}
 
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            (loss / passes).backward(*args, **kwargs)
+            with self.timer.role(BACKWARD):
+                share = loss / passes
+                (share if self.scaler is None else self.scaler.scale(share)).backward(*args, **kwargs)
 
-        for _ in range(passes):
-            x, condition = self.batches.next()
-            if isinstance(self.objective, FlowMatching):
-                losses = self.objective.backward(
-                    self.velocities.generator, x, condition, step=self.step, generator=self.generator, backward=backward
-                )
-            else:
-                losses = self.objective.backward(
-                    self.velocities,
-                    x,
-                    condition,
-                    step=self.step,
-                    generator=self.generator,
-                    negative_condition=self.negative,
-                    schedule=self.schedule,
-                    backward=backward,
-                    no_sync=self.no_sync,
-                )
+        for number in range(passes):
+            with self.timer.role(DATA):
+                x, condition = self.batches.next()
+                if self.own_samples is not None:
+                    x = self.own_samples(x, condition)
+                drawn = self._drawn(x)
+            # Gradients cross the processes in the last backward of the last pass, and nowhere before.
+            over = number == passes - 1
+            quiet = contextlib.nullcontext() if over or self.no_sync is None else self.no_sync()
+            with self.timer.role(FORWARD), quiet:
+                if isinstance(self.objective, FlowMatching):
+                    losses = self.objective.backward(
+                        self.velocities.generator,
+                        x,
+                        condition,
+                        step=self.step,
+                        backward=backward,
+                        **drawn,
+                    )
+                else:
+                    losses = self.objective.backward(
+                        self.velocities,
+                        x,
+                        condition,
+                        step=self.step,
+                        negative_condition=self.negative,
+                        schedule=self.schedule,
+                        backward=backward,
+                        no_sync=self.no_sync if over else None,
+                        **drawn,
+                    )
             for name, value in losses.metrics.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         values = {name: value / passes for name, value in sums.items()} if passes > 1 else sums
         limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).detach()
-        self.objective.watch_gradient_norm(self._grad_norm, step=self.step)
+        with self.timer.role(SYNCHRONISATION):
+            if self.processes.world > 1:
+                distributed.average_gradients(self._unwrapped)
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            self._grad_norm = distributed.clip_grad_norm_(self.parameters, limit)
         values["grad_norm"] = self._grad_norm
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update()
-        self.velocities.update_ema()
+        set_rates(self.optimizer, config, self._rate_factor(self.step))
+        skip = self.alarms.judge(self._grad_norm)
+        with self.timer.role(OPTIMIZER):
+            if self._step_optimizer(skip):
+                self.objective.watch_gradient_norm(self._grad_norm, step=self.step)
+                if self.average is not None:
+                    self.average.update()
+                self.velocities.update_ema()
+            else:
+                self._grad_norm = None
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            values["skipped_steps"] = values["grad_norm"].new_tensor(float(self.skipped_steps))
+        if (spread := self._diversity()) is not None:
+            values["diversity"] = spread
         return values
+
+    def _diversity(self) -> Tensor | None:
+        """How far one-step samples lie apart, at the steps that ask for it; None otherwise."""
+        settings = self.config.alarms.diversity
+        if not self.config.alarms.enabled or settings.action == "off" or self.step % settings.every:
+            return None
+        if not isinstance(self.objective, ApexObjective):
+            return None
+        if self._diversity_condition is None:
+            prompts, table = self.config.validation_prompts[: settings.prompts], self.batches.table
+            if table is None:
+                prompts = prompts or list(self.batches.data.vocabulary or [""])[: settings.prompts]
+                self._diversity_condition = self._encode(prompts)
+            else:
+                held = bool(prompts) and table.holds(prompts)
+                self._diversity_condition = table(prompts) if held else table.example(settings.prompts)
+        return one_step_spread(
+            self.backbone, self.network, self._diversity_condition.to(self.device), self.sample_shape, settings.seeds
+        )
+
+    def _heed_alarms(self, values: dict[str, Tensor], console: Console, metrics: MetricsFile | None) -> None:
+        """Tells of the alarms of the step before, and does what they ask for."""
+        for alarm in self.alarms.after_step(self.step, values):
+            console.say(alarm.line)
+            if metrics is not None:
+                metrics.write(self.step, alarm.record)
+        if isinstance(self.objective, ApexObjective):
+            self.objective.correction_factor = self.alarms.correction_factor
+
+    def _step_optimizer(self, skip: Tensor | None) -> bool:
+        """A step unless ``skip``. Whether the loss scaler let the optimizer step: under fp16 a step is left out where
+        the scaled loss has overflown, and the scale is halved. That is decided on the host; without a scaler nothing is
+        waited for."""
+        if self.scaler is None:
+            step_unless(self.optimizer, skip)
+            return True
+        before = self.scaler.get_scale()
+        step_unless(self.optimizer, skip, self.scaler)
+        stepped = self.scaler.get_scale() >= before
+        self.skipped_steps += not stepped
+        return stepped
+
+    def _drawn(self, x: Tensor) -> dict[str, Any]:
+        """Where the random numbers of a pass come from: every process draws those of the whole batch and keeps its own
+        rows, so that a run is the same over any number of processes."""
+        if self.processes.world == 1:
+            return {"generator": self.generator}
+        draws = self.objective.draw(x.new_empty(self.processes.world * len(x), *x.shape[1:]), self.generator)
+        rows = self.processes.rows(len(x))
+        parts = {field.name: getattr(draws, field.name) for field in dataclasses.fields(draws)}
+        return {"draws": Draws(**{name: part if part is None else part[rows] for name, part in parts.items()})}
 
     def _call_back(self) -> None:
         for callback in self.callbacks:
@@ -406,35 +676,37 @@ class Trainer:
         return record_of(self.config, self.backbone, self.picture_size)
 
     def save(self) -> Path:
-        """Writes ``checkpoint-<step>/`` unless this process just did. Raises NonFiniteLossError, before anything is
-        written or pruned, rather than save a diverged run."""
+        """Writes ``checkpoint-<step>/`` unless that was just done; all processes together. Raises NonFiniteLossError,
+        before anything is written or pruned, rather than save a diverged run."""
         path = self.output_dir / f"checkpoint-{self.step}"
         if self.saved_step == self.step:
             return path
         self.objective.check_finite()
+        if self.config.alarms.enabled:
+            self.alarms.settle(self.parameters)
         # The watch reports a value once; whoever caught that error still has the weights that the step has spoilt.
-        if self._grad_norm is not None and not math.isfinite(norm := self._grad_norm.item()):
+        elif self._grad_norm is not None and not math.isfinite(norm := self._grad_norm.item()):
             raise NonFiniteLossError(GRADIENT_NORM, self.step - 1, norm)
         with during(f"writing {path.name}"):
-            checkpoints.write_folder(path, lambda folder: state.write(self, folder))
-        checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
+            checkpoints.write_folder(path, lambda folder: state.write(self, folder), self.processes)
+        if self.is_main:
+            checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
         self.saved_step = self.step
         return path
 
     def export(self) -> Path:
         """Writes the averaged weights as ``model/``, in the layout that diffusers reads; what was there stays until
-        they are on the disk."""
+        they are on the disk. Further averages of a LoRA lie beside it, each a LoRA in ``model/ema-<rate>/``."""
         target, record = self.output_dir / MODEL_FOLDER, self.record
+
+        def write(folder: Path) -> None:
+            save_trained(self.backbone, folder, record, self.processes)
+            if self.average is None or record.mode != "lora":
+                return  # of a whole network the further averages stay in the checkpoint: apex-fast export --ema
+            for decay in self.average.decays[1:]:
+                with self.average.applied(decay):
+                    save_trained(self.backbone, folder / f"ema-{decay:g}", record, self.processes)
+
         with during("writing the finished model"), self.undisturbed():
-            checkpoints.write_folder(target, lambda folder: save_trained(self.backbone, folder, record))
+            checkpoints.write_folder(target, write, self.processes)
         return target
-
-
-PHASE_NAMES = {"warm-up": "warm-up", "ramp": "ramp", "full": "correction on", "flow": "flow matching"}
-
-PHASES = {
-    "warm-up": "warm-up. The shifted branch learns what the generator makes; the generator is not corrected yet.",
-    "ramp": "ramp. The correction is turned up; one-step samples get worse before they get better.",
-    "full": "correction on, at full weight.",
-    "flow": "flow matching on data.",
-}

@@ -17,6 +17,7 @@ from apex_fast.extras import require
 from apex_fast.lora import DTYPES
 from apex_fast.training.checkpoint import CheckpointError, load_state, replaced
 from apex_fast.training.config import DIGITS_START
+from apex_fast.training.ema import chosen_average
 from apex_fast.training.results import INDEX, MODEL_FOLDER, TRANSFORMER, Found, Record, find_result, load_weights
 from apex_fast.training.settings import SettingsError
 
@@ -26,10 +27,17 @@ def pretrained_source(name_or_path: str) -> Path | str:
     return name_or_path if is_hub_id(name_or_path) else pretrained_folder(name_or_path)
 
 
+RUNS = "runs"
+"""Folder that the configs put runs into."""
+
+
 def is_hub_id(name_or_path: str) -> bool:
-    """Whether this is owner/name of a model on the hub, and no folder here."""
+    """Whether this is owner/name of a model on the hub: no folder here, nor the mistyped name of one beside others that
+    runs have left."""
     owner, slash, name = name_or_path.partition("/")
-    if not owner or not name or "/" in name or owner in (".", "..", "~"):
+    if not owner or not name or "/" in name or owner in (".", "..", "~", RUNS):
+        return False
+    if any(Path(owner).glob("*/metrics.jsonl")):
         return False
     return not Path(name_or_path).is_dir() and replaced(Path(name_or_path) / MODEL_FOLDER) is None
 
@@ -180,15 +188,21 @@ def load_found(found: Found, *, base: str | None = None, record: Record | None =
     backbone.eval()
     if found.checkpoint is None:
         return backbone, found.phrase
-    average = load_state(found.checkpoint, "ema")
-    if average is None:
+    state = load_state(found.checkpoint, "ema")
+    if state is None:
+        if found.ema:
+            raise CheckpointError(f"{found.checkpoint} has no averages: the run had ema_decay: null")
         return backbone, f"the weights of {found.checkpoint}"
+    try:
+        average = chosen_average(state, found.ema or None)
+    except ValueError as error:
+        raise CheckpointError(f"{found.checkpoint}: {error}") from error
     parameters = dict(backbone.named_parameters())
-    unknown = sorted(average["average"].keys() - parameters.keys())
+    unknown = sorted(average.keys() - parameters.keys())
     if unknown:
         raise CheckpointError(f"{found.checkpoint} has averages of other parameters than its model: {unknown[:3]}")
     with torch.no_grad():
-        for name, value in average["average"].items():
+        for name, value in average.items():
             parameters[name].copy_(value)
     return backbone, found.phrase
 

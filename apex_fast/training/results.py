@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from apex_fast.extras import require
-from apex_fast.training.checkpoint import CheckpointError, checkpoints, damage, read_tensors, replaced
+from apex_fast.parts import class_name, is_sharded, placed
+from apex_fast.training.checkpoint import CheckpointError, Share, checkpoints, damage, read_tensors, replaced
 
 if TYPE_CHECKING:
     from apex_fast.backbones.base import Backbone
+    from apex_fast.training.processes import Processes
 
 MODEL_FOLDER = "model"
 """Folder of the finished model inside a run, and of the weights inside a checkpoint."""
@@ -87,20 +89,55 @@ class Record:
 # ---- writing and reading what was trained
 
 
-def save_trained(backbone: Backbone, folder: Path, record: Record) -> None:
+def save_trained(backbone: Backbone, folder: Path, record: Record, processes: Processes | None = None) -> None:
     """Writes what ``record.mode`` trains of ``backbone`` into ``folder``, bit for bit, and the record where the weights
-    are not a whole model."""
-    folder.mkdir(parents=True, exist_ok=True)
+    are not a whole model.
+
+    processes: those that call it together. The main one writes; of a network that is sharded over them each writes a
+    share, in the layout in which diffusers reads weights from several files.
+    """
+    from apex_fast.training.processes import Processes
+
+    team = Processes() if processes is None else processes
+    if not team.is_main and not team.sharded:
+        return
+    team.later(lambda: folder.mkdir(parents=True, exist_ok=True))
     if record.mode == "lora":
         from apex_fast.lora import save_lora
 
-        save_lora(backbone, folder)
-    elif backbone.text is not None:
-        backbone.save_pretrained(folder)
-        return
-    else:
+        team.later(lambda: str(save_lora(backbone, folder, write=team.is_main)))
+    elif team.sharded:
+        _save_shards(backbone.transformer, folder / TRANSFORMER, team)
+    elif backbone.text is None:
         backbone.transformer.save_pretrained(folder / TRANSFORMER, safe_serialization=True)
-    record.write(folder)
+    if not team.is_main:
+        return
+    if record.mode == "full" and backbone.text is not None:
+        team.later(lambda: backbone.save_pretrained(folder, transformer=not team.sharded))
+    else:
+        team.later(lambda: record.write(folder))
+
+
+def _save_shards(transformer: nn.Module, folder: Path, processes: Processes) -> None:
+    """Writes a sharded network as diffusers writes one of several files: each process the tensors that fall to it, the
+    main one configuration and index."""
+    processes.later(lambda: folder.mkdir(parents=True, exist_ok=True))
+    share = Share(processes)
+    weight_map = {name: share.file(WEIGHTS_NAME, share.add(name, v)) for name, v in transformer.state_dict().items()}
+    processes.later(lambda: share.write(folder, WEIGHTS_NAME, metadata={"format": "pt"}))
+    if processes.is_main:
+        processes.later(lambda: _describe_shards(transformer, folder, weight_map, share.bytes))
+
+
+def _describe_shards(transformer: nn.Module, folder: Path, weight_map: dict[str, str], size: int) -> None:
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    config: Any = transformer
+    config.save_config(folder)
+    # Sharding has put a class of its own in front of the network's, and diffusers writes down the name of that.
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "_class_name": class_name(transformer)}, indent=2) + "\n", encoding="utf-8")
 
 
 def load_trained(backbone: Backbone, folder: Path, mode: Literal["full", "lora"]) -> None:
@@ -117,6 +154,9 @@ def load_trained(backbone: Backbone, folder: Path, mode: Literal["full", "lora"]
         load_weights(backbone.text.text_encoder, folder / "text_encoder")
 
 
+WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
 def _load_adapter(transformer: nn.Module, folder: Path) -> None:
     from apex_fast.lora import GENERATOR, WEIGHTS
 
@@ -127,6 +167,12 @@ def _load_adapter(transformer: nn.Module, folder: Path) -> None:
     state = {name.removeprefix("transformer."): value for name, value in read_tensors(file).items()}
     own = peft.get_peft_model_state_dict(transformer, adapter_name=GENERATOR)
     _compare(file, {name: own[name].shape for name in own}, {name: state[name].shape for name in state})
+    if any(is_sharded(value) for value in own.values()):
+        # peft would copy whole tensors into parts.
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(placed(state[name], value))
+        return
     peft.set_peft_model_state_dict(transformer, state, adapter_name=GENERATOR)
 
 
@@ -143,13 +189,14 @@ def load_weights(target: nn.Module, folder: Path) -> None:
     for file in files:
         state.update(read_tensors(file))
     own = target.state_dict(keep_vars=True)
-    # One memory under two names (tied embeddings) is written once.
-    saved = {own[name].data_ptr() for name in state if name in own}
-    needed = {name: v.shape for name, v in own.items() if name in state or v.data_ptr() not in saved}
+    # One memory under two names (tied embeddings) is written once. A sharded tensor has no address of its own.
+    places = {name: id(value) if is_sharded(value) else value.data_ptr() for name, value in own.items()}
+    saved = {places[name] for name in state if name in own}
+    needed = {name: v.shape for name, v in own.items() if name in state or places[name] not in saved}
     _compare(folder, needed, {name: value.shape for name, value in state.items()})
     with torch.no_grad():
         for name, value in state.items():
-            own[name].copy_(value)
+            own[name].copy_(placed(value, own[name]))
 
 
 def _compare(place: Path, own: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
@@ -167,11 +214,12 @@ def _compare(place: Path, own: dict[str, torch.Size], found: dict[str, torch.Siz
 @dataclass(frozen=True)
 class Found:
     """Where the model of a run lies: ``folder`` with a whole model or with trained weights and their record, what it
-    is in words, and the checkpoint whose averaged weights are wanted, if any."""
+    is in words, the checkpoint whose averaged weights are wanted, if any, and at which rate ("" is the first one)."""
 
     folder: Path
     phrase: str
     checkpoint: Path | None = None
+    ema: str = ""
 
 
 def holds_model(folder: Path) -> bool:
@@ -179,8 +227,20 @@ def holds_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (INDEX, RECORD))
 
 
-def find_result(run: str | Path) -> Found:
+def has_own_text(folder: Path) -> bool:
+    """Whether the model there, or in its ``model/``, is one of this library's own, with a text encoder beside its
+    transformer."""
+    index = next((p for p in (folder / INDEX, folder / MODEL_FOLDER / INDEX) if p.is_file()), None)
+    if index is None:
+        return False
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
+    return isinstance(name, str) and name.endswith("Backbone")
+
+
+def find_result(run: str | Path, *, ema: str | None = None) -> Found:
     """What there is to generate with.
+
+    ema: a rate of ``ema_decay`` other than the one that ``model/`` holds; the newest checkpoint has all of them.
 
     run: a run that has finished (its ``model/``, which a resumed run replaces when it ends), one that has not (its
     newest checkpoint; also if it was killed at the moment between taking the old ``model/`` away and putting the new
@@ -195,6 +255,16 @@ def find_result(run: str | Path) -> Found:
         raise FileNotFoundError(
             f"{run}: no such folder; write the folder of a run (such as runs/demo), of a checkpoint or of a saved model"
         )
+    if ema is not None:
+        if folder.name == MODEL_FOLDER:
+            folder = folder.parent
+        whole = [folder] if folder.name.startswith("checkpoint-") else checkpoints(folder)
+        if not whole:
+            raise FileNotFoundError(
+                f"{run} has no checkpoint, and the averages beside the first one are only there; leave --ema out"
+            )
+        found = _checkpoint(whole[-1])
+        return dataclasses.replace(found, phrase=f"the weights of {whole[-1]} averaged at {ema}", ema=ema)
     if holds_model(folder):
         return Found(folder, f"the model in {folder}")
     if folder.name.startswith("checkpoint-"):

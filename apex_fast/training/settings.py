@@ -390,8 +390,12 @@ def _flag_value(kind: Any, texts: list[str], name: str) -> Any:
     if origins & {list, tuple, Sequence}:
         if len(texts) == 1 and (texts[0].strip().startswith("[") or texts[0].strip() in ("null", "none")):
             return parse_yaml(texts[0].replace("none", "null"), source=f"--{name}")
-        if len(texts) == 1 and int in options and texts[0].isdigit():
-            return int(texts[0])
+        if not texts and bool in options:
+            return True
+        if len(texts) == 1 and {bool, int, float} & set(options):
+            one = parse_yaml(texts[0], source=f"--{name}")
+            if isinstance(one, (bool, int, float)):
+                return one
         inner = next(o for o in options if get_origin(o) in (list, tuple, Sequence))
         element = (get_args(inner) or (Any,))[0]
         return [_flag_value(element, [t], name) for t in texts]

@@ -13,6 +13,7 @@ from torch import nn
 
 from apex_fast.backbones.base import Backbone
 from apex_fast.backbones.loading import backbone_class
+from apex_fast.backbones.offload import Offload
 from apex_fast.condition import Condition
 from apex_fast.objective import ApexObjective
 from apex_fast.passes import paper_passes, step_passes
@@ -21,6 +22,7 @@ from apex_fast.training.config import DIGITS_START, TrainConfig
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import RealGuidance
 from apex_fast.training.models import Autocast, load_pretrained, pretrained_source, quiet_libraries, start_lora_file
+from apex_fast.training.processes import Processes
 from apex_fast.training.provenance import licence_of
 from apex_fast.training.results import Record
 from apex_fast.training.settings import SettingsError
@@ -33,12 +35,52 @@ FROZEN_WITHOUT_DATA = (
 )
 
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``mixed_precision`` computes in."""
+
+
+# ---- several processes
+
+
+def check_spreading(config: TrainConfig, processes: Processes) -> None:
+    """What several processes cannot do. SettingsError names it and what to write."""
+    if config.block_offload:
+        raise SettingsError(
+            "block_offload fetches weights by itself, which neither DDP nor FSDP2 knows of; leave it out (FSDP2 holds "
+            "a share of the frozen blocks in each process), or start one process"
+        )
+    if not processes.sharded:
+        return
+    way = "distributed: fsdp2"
+    if config.quantization is not None:
+        raise SettingsError(
+            f"quantization: {config.quantization} cannot be sharded ({way}); write distributed: ddp, where every "
+            "process holds the quantised base, or weight_dtype: bf16 instead of quantization"
+        )
+    if config.optimizer == "adamw_8bit":
+        raise SettingsError(
+            f"optimizer: adamw_8bit cannot hold sharded moments ({way} has a part of them in each process anyway); "
+            "write optimizer: adamw, or distributed: ddp"
+        )
+    if config.train_text_encoder:
+        raise SettingsError(
+            f"train_text_encoder: a text encoder that is trained along is not sharded ({way}); write distributed: ddp"
+        )
+    shift = config.shift
+    if config.mixed_precision == "fp16" and any((shift.trainable, shift.train_scale, shift.train_bias)):
+        raise SettingsError(
+            f"mixed_precision: fp16 with {way} cannot scale the gradient of a trainable shift, which is not sharded; "
+            "write mixed_precision: bf16"
+        )
+
+
 # ---- the model
 
 
-def load_backbone(config: TrainConfig, prompts: Iterable[str]) -> Backbone:
+def load_backbone(config: TrainConfig, prompts: Iterable[str], **load_options: bool) -> Backbone:
     """The model of a run on the CPU: the pretrained one, or a new one from ``config.model`` whose tokenizer is trained
-    on ``prompts``.
+    on ``prompts``. load_options: which parts of a pipeline are not needed, as
+    :func:`apex_fast.backbones.loading.from_pretrained` names them.
 
     Raises:
         FileNotFoundError, SettingsError: there is no such model, it is not supported, or keys do not fit it.
@@ -67,6 +109,7 @@ def load_backbone(config: TrainConfig, prompts: Iterable[str]) -> Backbone:
         max_sequence_length=config.max_sequence_length,
         embedded_guidance=config.embedded_guidance_scale,
         shift_padding=config.shift_padding,
+        **load_options,
     )
     if config.family not in (None, backbone.family):
         raise SettingsError(
@@ -101,8 +144,27 @@ def make_trainable(config: TrainConfig, backbone: Backbone) -> None:
     if backbone.text is not None:
         trained = config.train_text_encoder
         backbone.text.text_encoder.requires_grad_(trained).train(trained)
-    if config.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
+    if config.gradient_checkpointing is not False:
+        try:
+            backbone.enable_gradient_checkpointing(config.gradient_checkpointing)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+    offload_network(config, backbone)
+
+
+def offload_network(config: TrainConfig, backbone: Backbone) -> None:
+    """Has activations and frozen blocks of the trained network wait on the CPU, as the config says; once what is
+    trained has its gradients, and before the network moves to a device."""
+    blocks = config.block_offload and config.mode == "lora"
+    if config.activation_offload or blocks:
+        backbone.offload = Offload(backbone.transformer, activations=config.activation_offload, blocks=blocks)
+
+
+def offload_real_branch(config: TrainConfig, velocities: Velocities) -> None:
+    """The same for the blocks of a real branch that is a frozen copy."""
+    real = velocities.real.module if isinstance(velocities.real, Autocast) else velocities.real
+    if config.block_offload and isinstance(real, Backbone):
+        real.offload = Offload(real.transformer, blocks=True)
 
 
 def start_lora_hint(config: TrainConfig) -> str | None:
@@ -245,7 +307,7 @@ def record_of(config: TrainConfig, backbone: Backbone, size: tuple[int, int]) ->
         resolution=list(size),
         shift=None if config.loss == "flow_matching" else dict(vars(config.shift)),
         train_steps=config.max_train_steps,
-        num_inference_steps=config.validation_num_inference_steps,
+        num_inference_steps=config.inference_steps[0],
         library_version=__version__,
         licence=licence_of(base, config.revision) if base else None,
     )
@@ -289,8 +351,8 @@ def make_velocities(
 ) -> Velocities:
     """The three roles of the network, the real one guided as ``guidance`` says."""
     network: nn.Module = backbone
-    if config.mixed_precision == "bf16":
-        network = Autocast(backbone, device.type, torch.bfloat16)
+    if config.mixed_precision != "no":
+        network = Autocast(backbone, device.type, AUTOCAST[config.mixed_precision])
     real = config.real_branch_in_use
     if config.mode == "full":
         velocities = Velocities.from_module(network, real=real, ema_decay=config.real_ema_decay)
@@ -300,6 +362,7 @@ def make_velocities(
         velocities = lora_velocities(backbone, real, ema_decay=config.real_ema_decay, call=network)
     if guidance is not None:
         velocities.guide = guidance.guide
+    offload_real_branch(config, velocities)
     return velocities
 
 

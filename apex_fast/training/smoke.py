@@ -11,9 +11,12 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from apex_fast.backbones.loading import family_of
-from apex_fast.data.folder import METADATA, PictureFolder
+from apex_fast.data.folder import METADATA
+from apex_fast.data.source import HUB, Source
+from apex_fast.data.tar_shards import shown
 from apex_fast.extras import require
 from apex_fast.planning.blueprint import PlanError, blueprint_of
 from apex_fast.planning.published import PUBLISHED
@@ -26,6 +29,8 @@ from apex_fast.training.settings import SettingsError
 
 STEPS, RESUMED_AT = 3, 2
 RANK = 4
+BASE_STEPS = 2
+PROMPTS = "prompts.txt"
 EDGE = 32
 """Pixels; suits the tiny pipeline of every family."""
 
@@ -59,6 +64,7 @@ def smoke_run(config: TrainConfig, *, output_dir: str | Path | None = None) -> i
         quiet_libraries()
         require("apex_fast.backbones.tiny", extra="train").save_tiny_pipeline(family, folder / "tiny_model")
         render_pictures(folder / "pictures")
+        (folder / PROMPTS).write_text("".join(f"{caption}\n" for caption in CAPTIONS), encoding="utf-8")
         first = Trainer(run, label="smoke").run(until=RESUMED_AT)
         if first.exit_code:
             return first.exit_code
@@ -119,18 +125,31 @@ def family_of_config(config: TrainConfig) -> str:
     return family
 
 
+def _look_at_data(config: TrainConfig) -> list[str]:
+    """What can be told of the run's own data, which is not trained on here."""
+    if config.prompts is not None:
+        found = f"prompts: {len(open_data(config))} in {config.prompts}"
+        return [f"{found}; samples of the base take {BASE_STEPS} steps here"]
+    name = config.dataset_name
+    if name.lower().startswith(("http://", "https://", HUB)):
+        return [f"dataset_name: {shown(name)} is not fetched here; the run will"]
+    try:
+        data = open_data(config)
+    except FileNotFoundError:
+        if Path(name).exists():
+            raise
+        return [f"dataset_name: {name} is not there yet; the run will need it"]
+    assert isinstance(data, Source)
+    found = f"dataset_name: {len(data)} pictures with captions in {data.label}"
+    return [found, *(f"dataset_name: {line}" for line in data.warnings())]
+
+
 def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainConfig, list[str]]:
     """``config`` on the tiny model and pictures in ``folder``, and what of it is left out or could be told already."""
     notes = []
-    if config.dataset_name == DIGITS:
+    if config.dataset_name == DIGITS and config.prompts is None:
         raise SettingsError(f"dataset_name: digits are 8 x 8 grey pictures, and {family} takes a folder of pictures")
-    if Path(config.dataset_name).exists():
-        data = open_data(config)
-        assert isinstance(data, PictureFolder)
-        notes += [f"dataset_name: {len(data)} pictures with captions in {data.folder}"]
-        notes += [f"dataset_name: {line}" for line in data.warnings()]
-    else:
-        notes.append(f"dataset_name: {config.dataset_name} is not there yet; the run will need it")
+    notes += _look_at_data(config)
     if config.start_lora is not None:
         start_lora_file(config.start_lora)
     _check_size(config)
@@ -151,7 +170,12 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         pretrained_model_name_or_path=str(folder / "tiny_model"),
         revision=None,
         variant=None,
-        dataset_name=str(folder / "pictures"),
+        **_small_data(config, folder),
+        cache_dir=None,
+        dataset_split=None,
+        image_column=None,
+        caption_column=None,
+        aspect_bucket_step=None,
         resolution=wide or EDGE,
         output_dir=str(folder / "run"),
         resume_from_checkpoint=None,
@@ -162,12 +186,23 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         lora_alpha=alpha,
         lr_warmup_steps=min(1, config.lr_warmup_steps),
         objective=dataclasses.replace(config.objective, warmup_steps=1, ramp_steps=1),
-        validation_steps=None if config.validation_steps is None else STEPS,
+        validation_steps=STEPS if config.validates else None,
+        validation_minutes=None,
         validation_images_per_prompt=1,
+        validation_base_inference_steps=None if config.validation_base_inference_steps is None else 2,
+        report_to="none",
         checkpointing_steps=None,
         logging_steps=1,
     )
     return small, notes
+
+
+def _small_data(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """The keys that name the data in ``folder``."""
+    if config.prompts is None:
+        return {"dataset_name": str(folder / "pictures")}
+    own = dataclasses.replace(config.prompts_only, num_inference_steps=BASE_STEPS, samples_per_prompt=1)
+    return {"prompts": str(folder / PROMPTS), "prompts_only": own}
 
 
 def _check_size(config: TrainConfig) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from apex_fast.data.tar_shards import shown
 from apex_fast.objective import ApexObjective
+from apex_fast.parts import placed, placed_optimizer_state
 from apex_fast.training import checkpoint as checkpoints
 from apex_fast.training.checkpoint import CheckpointError
 from apex_fast.training.config import TrainConfig
@@ -40,29 +44,63 @@ FIXED = {
 
 
 def write(trainer: Trainer, folder: Path) -> None:
-    """Everything that a resumed run needs to go on with the same numbers, into the new ``folder``."""
+    """Everything that a resumed run needs to go on with the same numbers, into the new ``folder``: what is sharded by
+    all processes, what is each one's own by each, and all else by the main one."""
     from apex_fast.version import __version__
 
-    objective, velocities = trainer.objective, trainer.velocities
-    save_trained(trainer.backbone, folder / MODEL_FOLDER, trainer.record)
-    checkpoints.save_state(folder, "ema", None if trainer.average is None else trainer.average.state_dict())
-    checkpoints.save_state(folder, "optimizer", trainer.optimizer.state_dict())
+    objective, velocities, processes = trainer.objective, trainer.velocities, trainer.processes
+    if not processes.is_main:
+        own = checkpoints.random_states({}, trainer.device)
+        processes.later(lambda: checkpoints.save_state(folder, _random_name(processes.rank), own))
+    if not (processes.is_main or processes.sharded):
+        return
+
+    def save(name: str, state: Any) -> None:
+        checkpoints.save_state(folder, name, state, processes)
+
+    save_trained(trainer.backbone, folder / MODEL_FOLDER, trainer.record, processes)
+    save("ema", None if trainer.average is None else trainer.average.state_dict())
+    save("optimizer", trainer.optimizer.state_dict())
     # The shift; all else in the objective is settings or ends with the step.
     shift = dict(objective.shift.state_dict()) if isinstance(objective, ApexObjective) else None
-    checkpoints.save_state(folder, "objective", {"shift": shift})
+    save("objective", {"shift": shift})
     # A frozen branch is the start: it is read again from where it came, and its fingerprint says whether it still is
     # that model.
-    checkpoints.save_state(folder, "real_branch", velocities.state_dict() if velocities.has_ema else None)
-    checkpoints.save_state(folder, "random", checkpoints.random_states(trainer.generators))
+    save("real_branch", velocities.state_dict() if velocities.has_ema else None)
+    if not processes.is_main:
+        return
+    checkpoints.save_state(folder, _random_name(0), checkpoints.random_states(trainer.generators, trainer.device))
     run = {
         "step": trainer.step,
         "samples_seen": trainer.batches.position,
+        "batches": trainer.batches.state_dict(),
+        "alarms": trainer.alarms.state_dict(),
         "start": _start(trainer),
+        "processes": {"count": processes.world, "way": processes.way},
+        "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
+        "skipped_steps": trainer.skipped_steps,
         "config": as_mapping(trainer.config),
         "data": trainer.data_digest,
         "versions": {"apex_fast": __version__, "torch": torch.__version__},
     }
     checkpoints.save_json(folder, "trainer", run)
+
+
+def _random_name(rank: int) -> str:
+    """The file of a process's own random states; that of the first also has those that all processes share."""
+    return "random" if rank == 0 else f"random-{rank:05d}"
+
+
+def own_random_states(trainer: Trainer) -> None:
+    """Gives every process but the first, whose states are those of a run in one process, random states of its own:
+    dropout masks must differ between processes, and what is shared has generators of its own."""
+    rank = trainer.processes.rank
+    if rank == 0:
+        return
+    seed = (trainer.config.seed * 1_000_003 + trainer.step * 8_191 + rank) % (1 << 63)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
 
 
 def _start(trainer: Trainer) -> dict[str, Any]:
@@ -89,18 +127,38 @@ def restore(trainer: Trainer, folder: Path) -> list[str]:
         raise CheckpointError(f"{folder} holds no averaged weights; write ema_decay: null, or start over")
     try:
         if trainer.average is not None:
-            trainer.average.load_state_dict(average)
-        trainer.optimizer.load_state_dict(checkpoints.load_state(folder, "optimizer"))
+            trainer.average.load_state_dict(placed(average, trainer.average.state_dict()))
+        optimizer = checkpoints.load_state(folder, "optimizer")
+        trainer.optimizer.load_state_dict(placed_optimizer_state(optimizer, trainer.optimizer))
         objective = checkpoints.load_state(folder, "objective")
         if isinstance(trainer.objective, ApexObjective):
             trainer.objective.shift.load_state_dict(objective["shift"])
         real = checkpoints.load_state(folder, "real_branch")
         if trainer.velocities.has_ema:
-            trainer.velocities.load_state_dict(real or {})
+            trainer.velocities.load_state_dict(placed(real or {}, trainer.velocities.state_dict()))
     except (ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this config: {error}") from error
-    checkpoints.restore_random_states(checkpoints.load_state(folder, "random"), trainer.generators)
-    trainer.step, trainer.batches.position = int(run["step"]), int(run["samples_seen"])
+    trainer.step = int(run["step"])
+    shared = checkpoints.load_state(folder, _random_name(0))
+    checkpoints.restore_random_states(shared, trainer.generators, trainer.device)
+    mine = _random_name(trainer.processes.rank)
+    if not (folder / f"{mine}.json").is_file():
+        # The run had fewer processes.
+        own_random_states(trainer)
+    elif trainer.processes.rank > 0:
+        checkpoints.restore_random_states(checkpoints.load_state(folder, mine), {}, trainer.device)
+    if trainer.scaler is not None and run.get("scaler") is not None:
+        trainer.scaler.load_state_dict(run["scaler"])
+    trainer.skipped_steps = int(run.get("skipped_steps", 0))
+    if "batches" in run:
+        trainer.batches.load_state_dict(run["batches"])
+    else:
+        # A checkpoint of an earlier version, which knew no buckets.
+        trainer.batches.order.seek(int(run["samples_seen"]))
+    if "alarms" in run:
+        trainer.alarms.load_state_dict(run["alarms"])
+        if isinstance(trainer.objective, ApexObjective):
+            trainer.objective.correction_factor = trainer.alarms.correction_factor
     if folder.parent.resolve() == trainer.output_dir.resolve():
         trainer.saved_step = trainer.step
     return differences(run["config"], as_mapping(config), leave_out=NOT_OF_THE_RUN)
@@ -163,8 +221,8 @@ def changed_data(trainer: Trainer, folder: Path) -> list[str]:
     if before["names"] == now["names"] and before["captions"] != now["captions"]:
         found.append("the same pictures with other captions")
     return [
-        f"dataset_name: {trainer.config.dataset_name} is not what {folder.name} was trained on: {'; '.join(found)}. "
-        "The run goes on with what is there now, so it is not the one that it would have been"
+        f"dataset_name: {shown(trainer.config.dataset_name)} is not what {folder.name} was trained on: "
+        f"{'; '.join(found)}. The run goes on with what is there now, so it is not the one that it would have been"
     ]
 
 
@@ -198,7 +256,7 @@ def claim_folder(config: TrainConfig, *, delete: bool = True) -> None:
             f"output_dir: {folder} already holds a run ({old[-1].name}). Go on with it by --resume_from_checkpoint "
             "latest, start over with --overwrite_output_dir, or write another output_dir"
         )
-    for path in [*old, folder / "samples", folder / "tensorboard"] if delete else ():
+    for path in [*old, folder / checkpoints.BEST, folder / "samples", folder / "tensorboard"] if delete else ():
         if path.is_dir():
             shutil.rmtree(path)
         else:
