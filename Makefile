@@ -53,8 +53,9 @@ $(READY): $(TORCH_READY) $(SOURCES)
 demo: $(READY)
 	$(BIN)/apex-fast demo --output-dir runs/demo
 
+# One process of tests a core, up to eight: a test takes one core, and each process about a gigabyte.
 test: $(READY)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long $(PYTEST_ARGS)

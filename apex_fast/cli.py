@@ -311,7 +311,7 @@ def _train(arguments: list[str]) -> int:
     result = trainer.run()
     if result.finished and config.prompts is not None and trainer.is_main:
         prompts_only.export_results(config, lambda line: print(line, file=sys.stderr, flush=True))
-    trainer.processes.end()
+    trainer.processes.leave(result.exit_code)
     return result.exit_code
 
 

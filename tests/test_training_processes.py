@@ -428,22 +428,28 @@ def same_bits(a: Path, b: Path) -> None:
 def test_kills_at_random_moments_change_no_number(way: str, kills: int, models: Models, two_processes: Path) -> None:
     draws, hits, folder = random.Random(kills), 0, models.folder / f"killed-{way}-{kills}"
     words = models.keys("full", folder.name, *OFTEN, "--distributed", way)
-    for _ in range(kills):
+
+    def started() -> subprocess.Popen[str]:
         resume = ("--resume_from_checkpoint", "latest") if checkpoint.checkpoints(folder) else ()
-        resume = resume or ("--overwrite_output_dir", "true")
-        done = len(losses(folder)) if (folder / "metrics.jsonl").is_file() else 0
-        if done >= 40:
+        return start_run([*words, *(resume or ("--overwrite_output_dir", "true"))])
+
+    metrics = folder / "metrics.jsonl"
+    for _ in range(kills):
+        if checkpoint.checkpoints(folder) and checkpoint.step_of(checkpoint.checkpoints(folder)[-1]) == 40:
             break
-        launcher = start_run([*words, *(f"{word}" for word in resume)])
-        wait_for_steps(folder, min(checkpoint.step_of(checkpoint.checkpoints(folder)[-1]) if done else 0, 38), launcher)
+        # A run that begins writes the file anew.
+        before, launcher = metrics.stat().st_mtime_ns if metrics.is_file() else 0, started()
+        end = time.monotonic() + 120
+        while not metrics.is_file() or metrics.stat().st_mtime_ns == before:
+            assert launcher.poll() is None and time.monotonic() < end, launcher.communicate()[1][-3000:]
+            time.sleep(0.02)
         time.sleep(draws.uniform(0.0, 1.5))
         with contextlib.suppress(ProcessLookupError, AssertionError):
             os.kill(process_of(draws.randrange(2), launcher), signal.SIGKILL)
         launcher.communicate(timeout=90)
         hits += launcher.returncode != 0
     assert hits, "no process was killed, so nothing was tried"
-    resume = ("--resume_from_checkpoint", "latest") if checkpoint.checkpoints(folder) else ()
-    launcher = start_run([*words, *(resume or ("--overwrite_output_dir", "true"))])
+    launcher = started()
     _, error = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, error[-3000:]
     same_bits(folder / "checkpoint-40", two_processes / f"whole-{way}" / "checkpoint-40")

@@ -61,7 +61,7 @@ def cache(config: TrainConfig, *, overwrite: bool = False) -> int:
     folder = build(config, own, overwrite=overwrite, say=_say if own.is_main else _silent, stream=stream)
     if own.is_main:
         print(folder)
-    own.end()
+    own.leave(0)
     return 0
 
 
