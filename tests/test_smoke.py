@@ -67,7 +67,7 @@ def test_shards_are_looked_at_and_what_is_behind_a_url_is_not(
     words = ["--dataset_name", str(tmp_path / "a-{0..0}.tar"), "--caption_column", "title.txt", "--device", "cpu"]
     assert main(["train", "--smoke", config, *words, *buckets]) == 0
     out = capsys.readouterr().out
-    assert "1 pictures with captions in" in out and f"1 left out, empty caption: {shard}: b" in out
+    assert "1 pictures with captions in" in out and f"1 left out, empty caption: {shard.name}: b" in out
     url = "https://user:secret@host.invalid/a.tar"
     assert main(["train", "--smoke", config, "--dataset_name", url, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
