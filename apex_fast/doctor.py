@@ -135,9 +135,9 @@ def examine(
     for name, check in _CHECKS.items():
         try:
             yield from check(found)
-        except (SettingsError, FileNotFoundError, ImportError, RuntimeError) as error:
-            # The run itself would end with this message, which says what to do.
-            yield Check(name, "fail", str(error))
+        except (SettingsError, OSError, ImportError, RuntimeError, ValueError) as error:
+            # The run itself would end with this message, which says what to do. Other checks may still find something.
+            yield Check(name, "fail", str(error) or type(error).__name__)
 
 
 def _config(path: str | Path | None, overrides: Sequence[str]) -> TrainConfig:
@@ -298,6 +298,10 @@ def _model(found: _Findings) -> Iterator[Check]:
         found.model_is_here = False
         yield Check("model", "fail", said, "copy or download it again")
         return
+    if damaged := list(_damaged_files(folder)):
+        found.model_is_here = False
+        yield Check("model", "fail", "; ".join(damaged[:3]), "copy or download it again")
+        return
     try:
         family = blueprint_of(config).family
     except PlanError as error:
@@ -314,6 +318,28 @@ def _on_disk(name: str, revision: str | None) -> bool:
 
     index = try_to_load_from_cache(name, "model_index.json", revision=revision)
     return isinstance(index, str) and not list(_missing_weights(Path(index).parent))
+
+
+def _damaged_files(folder: Path) -> Iterator[str]:
+    """What is no JSON, and weight files that were cut off, by their headers; tensors are not read."""
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            yield f"{file} is no JSON ({error})"
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            try:
+                entries = json.loads(opened.read(length)) if 0 < length <= file.stat().st_size else None
+            except ValueError:
+                entries = None
+        if not isinstance(entries, dict):
+            yield f"{file} has no header of safetensors"
+            continue
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        if (whole := 8 + length + max(ends, default=0)) != (is_there := file.stat().st_size):
+            yield f"{file} has {is_there} bytes instead of {whole}"
 
 
 def _missing_weights(folder: Path) -> Iterator[str]:

@@ -299,3 +299,28 @@ def test_the_name_of_the_data_set_tells_its_kind(tmp_path: Path) -> None:
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             opened(name, **more)
+
+
+def test_lines_of_json_end_at_newlines_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    captions = ["one\u2028line", "another\x85one", "plain"]
+    lines = []
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (4, 4)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}, ensure_ascii=False))
+    (folder / "metadata.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    found = PictureFolder.open(folder)
+    assert found.captions == ["one line", "another one", "plain"] and not found.left_out
+
+
+def test_a_picture_outside_of_the_folder_is_left_out_and_a_link_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    (folder / "a.png").symlink_to(tmp_path / "secret.png")
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in ("a.png", "../secret.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    found = PictureFolder.open(folder)
+    assert found.names == ["a.png"]
+    assert any("outside of the folder" in line and "../secret.png" in line for line in found.warnings())

@@ -130,6 +130,17 @@ def test_models_that_are_not_whole(model: Path, tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
     found = checks(model, tmp_path, "--pretrained_model_name_or_path", str(broken), probe=False)
     assert "lacks transformer/part-1.safetensors" in found["model"].said
+    shutil.rmtree(broken)
+    shutil.copytree(model, broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (broken / "transformer" / "config.json").write_text("{")
+    found = checks(model, tmp_path, "--pretrained_model_name_or_path", str(broken), probe=False)
+    assert found["model"].state == "fail" and "config.json is no JSON" in found["model"].said
+    assert f"bytes instead of {weights.stat().st_size + 8}" in found["model"].said
+    (broken / "model_index.json").write_text("{")
+    found = checks(model, tmp_path, "--pretrained_model_name_or_path", str(broken), probe=False)
+    assert found["model"].state == "fail" and found["data"].state == "ok"
     found = checks(model, tmp_path, "--pretrained_model_name_or_path", str(tmp_path / "nowhere"), probe=False)
     assert found["model"].state == "fail" and "nowhere holds no model" in found["model"].said
 

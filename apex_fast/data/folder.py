@@ -8,6 +8,7 @@ a broken picture or an empty caption, is left out and named; only a folder in wh
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,8 @@ class PictureFolder(Source):
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"dataset_name: {path} is not UTF-8 ({error}); save it as UTF-8") from error
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not splitlines(), which also cuts at characters that JSON leaves inside of a text, such as U+2028.
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -97,6 +99,10 @@ class PictureFolder(Source):
                 continue
             keys |= values.keys()
             file = self.folder / values["file_name"]
+            # By name: a link inside of the folder was put there on purpose.
+            if not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(self.folder)):
+                self.leave_out(f"named in {METADATA} and outside of the folder", values["file_name"])
+                continue
             if file in captions:
                 raise ValueError(
                     f"dataset_name: {path} has two lines for {self.name(file)}, in lines {lines[file]} and {number}; "
