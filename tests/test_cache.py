@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import losses, make_pipeline
 
 from apex_fast.caching import build as building
-from apex_fast.caching import cache_folder, shards, state_of
+from apex_fast.caching import cache_folder, reading, shards, state_of
 from apex_fast.caching.identity import part_facts, parts_of, text_encoder_parameters
 from apex_fast.caching.reading import open_run_data
 from apex_fast.caching.shards import CacheError
 from apex_fast.cli import main
-from apex_fast.training.config import load_config
+from apex_fast.training.config import TrainConfig, load_config
 from apex_fast.training.loop import Trainer
 from apex_fast.training.processes import Processes
 from apex_fast.training.settings import SettingsError
@@ -232,12 +232,41 @@ def test_a_prompt_more_is_added_and_the_rest_stays(cached: Path, tmp_path: Path)
     shutil.copytree(cached, tmp_path / "copy")
     model, run = tmp_path / "copy" / "sana", tmp_path / "copy" / "run"
     folder = tmp_path / "copy" / "run.cache"
-    before = {f: f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
-    config = config_of(model, run, *DRAWN)
-    build(config)
-    now = {f: f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
-    assert {f.parent.name for f in now if now[f] != before.get(f)} == {"extra"}
-    assert Trainer(config).batches.table.holds(["a red cat", ""])
+
+    def written() -> dict[str, int]:
+        return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
+
+    def asking(prompt: str, negative: str) -> TrainConfig:
+        drawn = ("--validation_prompts", prompt, "--validation_steps", "2", "--validation_images_per_prompt", "1")
+        return config_of(model, run, *drawn, "--negative_prompt", negative)
+
+    first, second = asking("a red fox", "dark"), asking("a blue fox", "dull")
+    for number, config in enumerate((first, second), start=1):
+        before = written()
+        build(config)
+        now = written()
+        assert {name: now[name] for name in before} == before, "nothing that was there is written again, or removed"
+        added = {f"extra/{number:05d}.safetensors", f"negative/{number:05d}.safetensors"}
+        assert set(now) - set(before) == added
+    for config, prompt, other in ((first, "a red fox", "a blue fox"), (second, "a blue fox", "a red fox")):
+        table = Trainer(config).batches.table
+        assert table.holds([prompt, ""]) and not table.holds([other])
+        assert table.negative_prompt == config.negative_prompt
+    before = written()
+    build(first)
+    assert written() == before
+
+
+def test_prompts_of_another_run_do_not_change_the_padding(tmp_path: Path) -> None:
+    """Qwen-Image pads to the longest prompt of the run, not to the longest that the cache has."""
+    model = make_pipeline(tmp_path, "qwen_image")
+    drawn = ("--validation_steps", "2", "--validation_images_per_prompt", "1")
+    short = config_of(model, tmp_path / "run", *drawn, "--validation_prompts", "a cat")
+    build(short)
+    before = Trainer(short).batches.table.tokens
+    long = config_of(model, tmp_path / "run", *drawn, "--validation_prompts", "a cat on a hill " * 8)
+    build(long)
+    assert Trainer(long).batches.table.tokens > before == Trainer(short).batches.table.tokens
 
 
 def test_damage_is_found(cached: Path, tmp_path: Path) -> None:
@@ -249,7 +278,12 @@ def test_damage_is_found(cached: Path, tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(content)
+    state, line = state_of(config)
+    assert state == "damaged" and "its SHA-256 differs" in line
+    with pytest.raises(CacheError, match="is damaged: .*latents/00000.safetensors is not what was written"):
+        Trainer(config).batches.data.images(torch.arange(2))
     build(config)
+    assert state_of(config) == ("whole", f"{folder}: 8 samples, 0.0 MiB; the checksums of its shards are right")
     assert digests(folder) == whole, "a flipped bit is found by the checksum, and the shard encoded anew"
     file.write_bytes(content[:-100])
     with pytest.raises(CacheError, match="is damaged: .*00000.safetensors has .* bytes instead of"):
@@ -258,6 +292,39 @@ def test_damage_is_found(cached: Path, tmp_path: Path) -> None:
     (folder / "index.json").write_text("{")
     with pytest.raises(CacheError, match="cannot be read"):
         Trainer(config)
+
+
+def test_of_a_large_cache_the_state_says_that_sizes_alone_were_compared(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "CHECKED_BYTES", 100)
+    monkeypatch.setattr(shards, "_sha256", lambda file: pytest.fail("a large file is read"))
+    state, line = state_of(config_of(cached / "sana", cached / "run"))
+    assert state == "whole" and "only the sizes were compared" in line
+
+
+def test_a_cache_that_is_encoded_anew_under_a_run_is_noticed(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of rows are numbers: another encoding has the same ones."""
+    shutil.copytree(cached, tmp_path / "copy")
+    small_shards(monkeypatch)
+    monkeypatch.setattr(reading, "OPEN_SHARDS", 1)
+    config = config_of(tmp_path / "copy" / "sana", tmp_path / "copy" / "run")
+    folder = build(config, overwrite=True)
+    records = reading.Cache(folder, shards.read_index(folder), config).of("text")
+    table, later = reading.Embeddings(folder, records), reading.Embeddings(folder, records)
+    prompts = [row["prompt"] for record in records for row in record.rows]
+    before = table(prompts[:1]).prompt_embeds
+    table(prompts[-1:])  # which closes the first shard
+    assert torch.equal(table(prompts[:1]).prompt_embeds, before)
+    table(prompts[-1:])
+    (file,) = (tmp_path / "copy" / "sana" / "text_encoder").glob("*.safetensors")
+    changed_weights(file)
+    build(config, overwrite=True)
+    for reader in (table, later):
+        with pytest.raises(CacheError, match="00000.safetensors was encoded anew while this run reads it; resume"):
+            reader(prompts[:1])
 
 
 def test_a_named_cache_that_is_not_there_is_an_error(sana: Path, tmp_path: Path) -> None:
@@ -303,13 +370,20 @@ def test_a_full_disk_is_known_by_what_safetensors_says() -> None:
     assert not building._full(OSError(errno.EACCES, "Permission denied"))
 
 
+class Alone(Processes):
+    """The first of several processes, of which the others say the same."""
+
+    def gather(self, value: object) -> list[object]:
+        return [value] * self.world
+
+
 def test_a_large_text_encoder_on_every_gpu_asks_for_the_cache(sana: Path, tmp_path: Path) -> None:
     config = config_of(sana, tmp_path / "run")
     count = text_encoder_parameters(parts_of(config))
     from transformers import AutoModel
 
     assert count == sum(p.numel() for p in AutoModel.from_pretrained(sana / "text_encoder").parameters())
-    two = Processes(rank=0, world=2)
+    two = Alone(rank=0, world=2)
     open_run_data(config, two, print)
     small = dataclasses.replace(config, max_uncached_text_parameters=count - 1)
     with pytest.raises(SettingsError, match="each of 2 processes .* cache CONFIG"):
@@ -318,6 +392,57 @@ def test_a_large_text_encoder_on_every_gpu_asks_for_the_cache(sana: Path, tmp_pa
     open_run_data(dataclasses.replace(small, max_uncached_text_parameters=None), two, print)
     build(small)
     assert open_run_data(small, two, print)[1] is not None
+
+
+def test_a_large_text_encoder_that_was_not_on_the_disk_is_counted_when_it_is_loaded(
+    sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apex_fast.backbones.base import Backbone
+    from apex_fast.training.encoding import encode_data, open_data
+
+    config = config_of(sana, tmp_path / "run")
+    small = dataclasses.replace(config, max_uncached_text_parameters=text_encoder_parameters(parts_of(config)) - 1)
+    elsewhere = dataclasses.replace(parts_of(config), folder=None)
+    monkeypatch.setattr(reading, "parts_of", lambda config: elsewhere)
+    source, cache = open_run_data(small, Alone(rank=0, world=2), print)
+    assert cache is None, "nobody knows yet how large it is"
+    backbone = Backbone.from_pretrained(sana)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(SettingsError, match="each of 2 processes .* cache CONFIG"):
+        encode_data(small, backbone, source, torch.device("cpu"), None, print)
+    assert backbone.components["text_encoder"] is not None
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert encode_data(small, backbone, open_data(small), torch.device("cpu"), None, print).table is not None
+
+
+def test_a_cache_that_is_not_compared_with_the_model_says_so(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(cached / "sana", cached / "run")
+    assert reading.open_cache(config).notes == []
+    elsewhere = dataclasses.replace(parts_of(config), folder=None)
+    monkeypatch.setattr(reading, "parts_of", lambda config: elsewhere)
+    (note,) = reading.open_cache(config).notes
+    assert "sana is not on this machine, so what encoded the cache is not compared with it" in note
+
+
+def test_the_main_process_says_whether_there_is_a_cache(cached: Path, tmp_path: Path) -> None:
+    class Second(Processes):
+        """The second of two; ``told`` is what the main one finds."""
+
+        told: object = None
+
+        def gather(self, value: object) -> list[object]:
+            return [[self.told, None], value]
+
+    second = Second(rank=1, world=2)
+    # The main process sees none, and all encode for themselves.
+    second.told = [False, False]
+    source, cache = open_run_data(config_of(cached / "sana", cached / "run"), second, print)
+    assert source is not None and cache is None
+    # It sees one that is not to be seen here.
+    second.told = [True, False]
+    with pytest.raises(CacheError, match="process 1 does not see the cache in .*; write a cache_dir that all of them"):
+        open_run_data(config_of(cached / "sana", tmp_path / "run"), second, print)
 
 
 def test_parts_are_known_by_their_files(sana: Path, tmp_path: Path) -> None:

@@ -284,6 +284,30 @@ def test_samples_are_drawn_once_and_kept(place: Path, tmp_path: Path, monkeypatc
             Trainer(config_of(place, "sana", tmp_path / "other", *words_of))
 
 
+def test_changed_prompts_name_the_command_and_a_run_that_starts_over_encodes_them(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(TEXTS) + "\n")
+    more = ("--prompts", str(file))
+    run = tmp_path / "run"
+    Trainer(config_of(place, "sana", run, *more))
+    file.write_text("\n".join([*TEXTS, "a yellow star on blue"]) + "\n")
+    command = rf"cache --model {place / 'sana'} --prompts {file} --overwrite .*start over with --overwrite_output_dir"
+    with pytest.raises(CacheError, match=command):
+        Trainer(config_of(place, "sana", run, *more))
+    over = (*more, "--overwrite_output_dir", "true")
+    # A cache with a name of its own may be of other runs too.
+    with pytest.raises(CacheError, match=r"--overwrite \(and the other keys of the run\); to keep it"):
+        Trainer(config_of(place, "sana", tmp_path / "other", *over, "--cache_dir", str(tmp_path / "run.cache")))
+    assert len(Trainer(config_of(place, "sana", run, *over)).batches.data) == 4
+    # So does one whose samples are guided otherwise; what is right is not drawn again.
+    other = config_of(place, "sana", run, *over, "--guidance_scale", "2.0")
+    Trainer(other)
+    before = {f: f.stat().st_mtime_ns for f in cache_folder(other).rglob("*.safetensors")}
+    Trainer(other)
+    assert {f: f.stat().st_mtime_ns for f in cache_folder(other).rglob("*.safetensors")} == before
+    assert json.loads((cache_folder(other) / "index.json").read_text())["facts"]["latents"]["guidance_scale"] == 2.0
+
+
 def test_samples_of_the_base_are_guided_whatever_the_loss_is(place: Path, tmp_path: Path) -> None:
     config = config_of(place, "sana", tmp_path / "run", "--loss", "flow_matching")
     trainer = Trainer(config)

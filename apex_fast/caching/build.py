@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
+import itertools
 import math
 import shutil
 import time
@@ -178,30 +179,52 @@ def make_plan(
             )
         seed = int(index["seed"])
     captions = list(dict.fromkeys(source.captions))
-    shards = text_shards(config, facts["text"], captions, guidance)
+    shards = text_shards(config, facts["text"], captions, guidance, folder)
     if "latents" in facts:
         shards += _latent_shards(config, facts["latents"], source, seed)
     return Plan(folder, facts, shards, seed, size, 4.0 * math.prod(network.latent_shape(*size)), guidance)
 
 
 def text_shards(
-    config: TrainConfig, facts: dict[str, Any], captions: list[str], guidance: RealGuidance | None
+    config: TrainConfig, facts: dict[str, Any], captions: list[str], guidance: RealGuidance | None, folder: Path
 ) -> list[Shard]:
-    """Embeddings: the captions; every other prompt of the run, the empty one too; the negative prompt."""
+    """Embeddings: the captions; every other prompt of the run, the empty one too; the negative prompt.
 
-    def shard(kind: str, number: int, prompts: list[str]) -> Shard:
-        return Shard(kind, number, prompts, digest([files.FORMAT, kind, facts, prompts]))
-
+    folder: what is there of other and negative prompts by the same text encoders stays, since another run may need it;
+    what is missing goes into a shard of its own.
+    """
     found = [
-        shard(TEXT, number, captions[first : first + PROMPTS_IN_A_SHARD])
+        Shard(TEXT, number, part := captions[first : first + PROMPTS_IN_A_SHARD], _text_key(TEXT, facts, part))
         for number, first in enumerate(range(0, len(captions), PROMPTS_IN_A_SHARD))
     ]
-    known = set(captions)
-    extra = [p for p in dict.fromkeys([*config.validation_prompts, ""]) if p not in known]
-    if extra:
-        found.append(shard(EXTRA, 0, extra))
-    if guidance is not None:
-        found.append(shard(NEGATIVE, 0, [guidance.negative_prompt]))
+    extra = list(dict.fromkeys([*config.validation_prompts, ""]))
+    for kind, prompts, known in (
+        (EXTRA, extra, captions),
+        (NEGATIVE, [] if guidance is None else [guidance.negative_prompt], []),
+    ):
+        kept = _kept(folder, kind, facts)
+        known = {*known, *(prompt for shard in kept for prompt in shard.rows)}
+        missing = [prompt for prompt in prompts if prompt not in known]
+        if missing:
+            numbers = {shard.number for shard in kept}
+            free = next(number for number in itertools.count() if number not in numbers)
+            kept.append(Shard(kind, free, missing, _text_key(kind, facts, missing)))
+        found += kept
+    return found
+
+
+def _text_key(kind: str, facts: dict[str, Any], prompts: list[str]) -> str:
+    return digest([files.FORMAT, kind, facts, prompts])
+
+
+def _kept(folder: Path, kind: str, facts: dict[str, Any]) -> list[Shard]:
+    """The shards of ``kind`` that are there and of these facts, whichever run asked for them."""
+    found = []
+    for file in sorted((folder / kind).glob("*.json")):
+        record = Record.read(folder, f"{kind}/{file.stem}") if file.stem.isdecimal() else None
+        prompts = [] if record is None else [row.get("prompt") for row in record.rows]
+        if record is not None and prompts and record.key == _text_key(kind, facts, prompts):
+            found.append(Shard(kind, int(file.stem), prompts, record.key))
     return found
 
 
@@ -392,7 +415,11 @@ class _Work:
             ]
         condition = Condition.cat(parts)
         tensors = text_tensors(condition, trimmed=network.has_mask)
-        rows = [{"prompt": prompt} for prompt in shard.rows]
+        rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in shard.rows]
+        if shard.kind == EXTRA:
+            # A run that needs only some of them pads to the longest of those.
+            for row, part in zip(rows, parts, strict=True):
+                row["tokens"] = part.prompt_embeds.shape[1]
         files.write_shard(self.plan.folder, shard, tensors, rows, tokens=condition.prompt_embeds.shape[1])
 
     # ---- pictures
@@ -431,12 +458,13 @@ class _Work:
     def _draw(self, console: Console, done: int) -> None:
         from apex_fast.training.base_samples import BaseSampler
 
-        table = Embeddings(self.plan.folder, self._records())
+        negative = None if self.plan.guidance is None else self.plan.guidance.negative_prompt
+        table = Embeddings(self.plan.folder, self._records(), negative=negative)
         with during("loading the model"):
             network = load_backbone(self.config, [], load_text_encoders=False, load_vae=False)
-        negative = None if self.plan.guidance is None else table.negative()
+        away = None if self.plan.guidance is None else table.negative()
         config = dataclasses.replace(self.config, seed=self.plan.seed)
-        sampler = BaseSampler(config, network, self.plan.guidance, negative, self.plan.size, self.device)
+        sampler = BaseSampler(config, network, self.plan.guidance, away, self.plan.size, self.device)
         count = sum(len(shard.rows) for shard in self.latents)
         caption = self.latents[0].rows[0][2]
         one = torch.tensor([1.0, 0.0], dtype=torch.float64)

@@ -7,6 +7,7 @@ made of it there; a network that takes a mask sees neither, and for the others a
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from apex_fast.caching.identity import (
     text_encoder_parameters,
     text_facts,
 )
-from apex_fast.caching.shards import EXTRA, LATENTS, NEGATIVE, TEXT, CacheError, Record, cache_folder
+from apex_fast.caching.shards import EXTRA, LATENTS, NEGATIVE, TEXT, CacheError, Record, cache_folder, overwriting
 from apex_fast.command import command_name
 from apex_fast.condition import Condition
 from apex_fast.data.source import HUB, Source
@@ -51,21 +52,45 @@ from apex_fast.training.settings import SettingsError
 
 OPEN_SHARDS = 64
 """Files that are kept open; a process may have about a thousand."""
+CHECKED_BYTES = 4 << 30
+"""The largest cache that :func:`state_of` reads to compare checksums, which takes seconds."""
 
 
 class _Shards:
-    """The tensors of a cache by shard and name."""
+    """The tensors of a cache by shard and name.
 
-    def __init__(self, folder: Path) -> None:
+    records: of the shards, as they were when the run began. A file that is opened later, or again, has to be of its
+    record: names are numbers of rows, which another encoding has too. The first time its SHA-256 is compared.
+    """
+
+    def __init__(self, folder: Path, records: Sequence[Record]) -> None:
         self.folder = folder
+        self._records = {record.name: record for record in records}
+        self._checked: set[str] = set()
         self._open: OrderedDict[str, Any] = OrderedDict()
 
+    def _opened(self, shard: str) -> Any:
+        record, file = self._records[shard], files.shard_file(self.folder, shard)
+        opened = safe_open(file, "pt")
+        problem = None
+        if shard not in self._checked:
+            problem = files.damage(self.folder, record, contents=True)
+        now = Record.read(self.folder, shard)
+        anew = problem is not None and now is not None and now.sha256 != record.sha256
+        if anew or (opened.metadata() or {}).get("key") != record.key:
+            raise CacheError(f"cache_dir: {file} was encoded anew while this run reads it; resume the run")
+        if problem is not None:
+            raise _damaged(self.folder, problem)
+        self._checked.add(shard)
+        return opened
+
     def get(self, shard: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Those of ``names`` that the shard has, on the CPU. CacheError for a file that cannot be read."""
+        """Those of ``names`` that the shard has, on the CPU. CacheError for a file that cannot be read, is damaged, or
+        was encoded anew since the run began."""
         try:
             opened = self._open.pop(shard, None)
             if opened is None:
-                opened = safe_open(files.shard_file(self.folder, shard), "pt")
+                opened = self._opened(shard)
             self._open[shard] = opened
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -78,25 +103,47 @@ class _Shards:
             ) from error
 
 
+def _damaged(folder: Path, problem: str) -> CacheError:
+    return CacheError(
+        f"cache_dir: {folder} is damaged: {problem}; `{command_name()} cache` with the same config encodes anew what "
+        "is missing"
+    )
+
+
 class Embeddings:
     """A :class:`~apex_fast.training.batches.TextTable` over the shards of a cache.
 
-    records: of its prompts, the negative one included; ``device``: where conditions are wanted.
+    records: of its prompts, the negative ones included; captions first, since an extra prompt that is a caption too is
+    encoded with the other captions. ``device``: where conditions are wanted. ``extra``: those of the extra prompts that
+    the run has, whose lengths count for the padding; None is all. ``negative``: the negative prompt of the run.
     """
 
-    def __init__(self, folder: Path, records: Sequence[Record], device: torch.device | str = "cpu") -> None:
-        self.device, self._shards = torch.device(device), _Shards(folder)
+    def __init__(
+        self,
+        folder: Path,
+        records: Sequence[Record],
+        device: torch.device | str = "cpu",
+        *,
+        extra: Iterable[str] | None = None,
+        negative: str | None = None,
+    ) -> None:
+        self.device, self._shards = torch.device(device), _Shards(folder, records)
+        wanted = None if extra is None else set(extra)
         self._rows: dict[str, tuple[str, int]] = {}
         self._negative: Record | None = None
         self.bytes, self.tokens = 0, 0
         for record in records:
-            if record.name.startswith(NEGATIVE):
-                self._negative = record
+            if record.name.startswith(f"{NEGATIVE}/"):
+                if record.rows[0]["prompt"] == negative:
+                    self._negative = record
                 continue
             self.bytes += record.bytes
-            self.tokens = max(self.tokens, record.tokens)
+            others = record.name.startswith(f"{EXTRA}/")
             for number, row in enumerate(record.rows):
+                if others and (row["prompt"] in self._rows or (wanted is not None and row["prompt"] not in wanted)):
+                    continue
                 self._rows[row["prompt"]] = (record.name, number)
+                self.tokens = max(self.tokens, row.get("tokens", record.tokens))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -143,7 +190,7 @@ class CachedSamples:
     """:class:`~apex_fast.training.batches.Samples` over the shards of a cache, in the order of the data."""
 
     def __init__(self, folder: Path, records: Sequence[Record]) -> None:
-        self._shards = _Shards(folder)
+        self._shards = _Shards(folder, records)
         self._rows = sorted(
             (row["index"], record.name, row["caption"], tuple(row["shape"]))
             for record in records
@@ -193,10 +240,7 @@ class Cache:
             else:
                 problem = files.damage(folder, record)
             if record is None or problem is not None:
-                raise CacheError(
-                    f"cache_dir: {folder} is damaged: {problem}; `{command_name()} cache` with the same config encodes "
-                    "anew what is missing"
-                )
+                raise _damaged(folder, str(problem))
             self.records.append(record)
 
     @property
@@ -215,7 +259,7 @@ class Cache:
         if differ:
             raise CacheError(
                 f"cache_dir: {self.folder} was made for something else: {'; '.join(differ)}. To encode anew what "
-                f"differs: {command_name()} cache CONFIG --overwrite; to keep it, write another cache_dir"
+                f"differs: {overwriting(self.config)}; to keep it, write another cache_dir"
             )
 
     def check_network(self, backbone: Backbone) -> None:
@@ -242,7 +286,14 @@ class Cache:
         """What :func:`apex_fast.training.encoding.encode_data` would have encoded. CacheError for a prompt that is not
         in the cache, and as :meth:`check_network`."""
         self.check_network(backbone)
-        table = Embeddings(self.folder, [*self.of(TEXT), *self.of(EXTRA), *self.of(NEGATIVE)], device)
+        wanted = None if guidance is None else guidance.negative_prompt
+        table = Embeddings(
+            self.folder,
+            [*self.of(TEXT), *self.of(EXTRA), *self.of(NEGATIVE)],
+            device,
+            extra=[*self.config.validation_prompts, ""],
+            negative=wanted,
+        )
         latents = self.of(LATENTS)
         data: Samples
         if latents and (self.config.prompts is None or draws_base_samples(self.config)):
@@ -251,7 +302,6 @@ class Cache:
             captions = [row["prompt"] for record in self.of(TEXT) for row in record.rows]
             data = PromptSamples(captions, backbone.latent_shape(*picture_size(self.config, backbone)))
         missing = [p for p in extra_prompts(self.config, []) if not table.holds([p])]
-        wanted = None if guidance is None else guidance.negative_prompt
         if guidance is not None and table.negative_prompt != wanted:
             missing.append(str(wanted))
         if missing:
@@ -285,19 +335,26 @@ def open_run_data(
         as :func:`apex_fast.training.encoding.open_data` and :func:`open_cache`; and SettingsError where each of several
         processes would load a large text encoder.
     """
-    if draws_base_samples(config) and not (cache_folder(config) / files.INDEX).is_file():
+    # What one process sees of a folder, another may see later: the main one says for all.
+    there, stale = processes.on_main(lambda: _found(config))
+    if stale or (draws_base_samples(config) and not there):
         from apex_fast.caching.build import build
 
         # What is drawn now must not change what the run draws later.
         with torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else []):
-            build(config, processes, say=say, stream=stream)
-    if not (cache_folder(config) / files.INDEX).is_file() and config.cache_dir is None:
+            build(config, processes, overwrite=stale, say=say, stream=stream)
+        there = True
+    if not there and config.cache_dir is None:
         source = open_data(config)
         if processes.world > 1 and not isinstance(source, TextImages):
             check_text_encoders(config, _text_parameters(config), processes.world)
         return source, None
     cache = open_cache(config)
-    assert cache is not None
+    if cache is None:
+        raise CacheError(
+            f"cache_dir: process {processes.rank} does not see the cache in {cache_folder(config)}, which the main "
+            "process sees; write a cache_dir that all of them see"
+        )
     name = config.dataset_name if config.prompts is None else config.prompts
     if config.prompts is None and ("://" in name or name.lower().startswith(HUB)):
         cache.notes.append(f"{shown(name)} was not read again, so it is not known whether it is still what was encoded")
@@ -309,6 +366,35 @@ def open_run_data(
         return None, cache
     cache.check({"data": data_digest(source)})
     return source, cache
+
+
+def _found(config: TrainConfig) -> list[bool]:
+    """Whether there is a cache, and whether a run from prompts that starts over is to encode anew what differs in it:
+    only where the cache is beside ``output_dir``, since one with a name of its own may be of other runs too."""
+    there = (cache_folder(config) / files.INDEX).is_file()
+    own = config.prompts is not None and config.cache_dir is None and config.resume_from_checkpoint is None
+    if not (there and own and config.overwrite_output_dir):
+        return [there, False]
+    latents: dict[str, Any] = {}
+    if draws_base_samples(config):
+        # The network's own values stand in for those that are not written, and are compared when it is there.
+        written = {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt}
+        written["size"] = None if config.image_size is None else list(config.image_size)
+        latents = {name: value for name, value in written.items() if value is not None}
+    try:
+        _compared(config).check({"latents": latents})
+    except CacheError:
+        return [there, True]
+    return [there, False]
+
+
+def _compared(config: TrainConfig) -> Cache:
+    """The cache of a run, compared with the model's files and the data."""
+    cache = open_cache(config)
+    assert cache is not None
+    with contextlib.suppress(FileNotFoundError):
+        cache.check({"data": data_digest(open_data(config))})
+    return cache
 
 
 def _text_parameters(config: TrainConfig) -> int:
@@ -354,6 +440,8 @@ def open_cache(config: TrainConfig) -> Cache | None:
             gone.append("vae")
         if gone:
             cache.notes.append(f"{', '.join(gone)} not here, so what encoded the cache is not compared with it")
+    else:
+        cache.notes.append(f"{parts.name} is not on this machine, so what encoded the cache is not compared with it")
     if "latents" not in index["facts"] and (config.prompts is None or draws_base_samples(config)):
         raise CacheError(
             f"cache_dir: {folder} holds prompts alone, and the run trains on "
@@ -373,13 +461,14 @@ def state_of(config: TrainConfig) -> tuple[str, str]:
             return "none", f"there is no cache in {folder}: `{command_name()} cache` makes it"
         return "none", "no cache: pictures and prompts are encoded in the run, before its first step"
     try:
-        cache = open_cache(config)
-        assert cache is not None
-        try:
-            cache.check({"data": data_digest(open_data(config))})
-        except FileNotFoundError:
-            pass
-        return "whole", f"{folder}: {cache.index['samples']} samples, {size_text(cache.index['bytes'])}"
+        cache = _compared(config)
+        line = f"{folder}: {cache.index['samples']} samples, {size_text(cache.index['bytes'])}; "
+        if cache.index["bytes"] > CHECKED_BYTES:
+            return "whole", line + "of its shards only the sizes were compared, their checksums are in the run"
+        for record in cache.records:
+            if (problem := files.damage(folder, record, contents=True)) is not None:
+                raise _damaged(folder, problem)
+        return "whole", line + "the checksums of its shards are right"
     except CacheError as error:
         text = str(error)
         return ("damaged" if "is damaged" in text or "cannot be read" in text else "stale"), text

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apex_fast.command import command_name
 from apex_fast.training.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -54,6 +55,17 @@ def cache_folder(config: TrainConfig) -> Path:
         return Path(config.cache_dir)
     output = Path(config.output_dir)
     return output.with_name(output.name + SUFFIX)
+
+
+def overwriting(config: TrainConfig) -> str:
+    """The command that encodes anew what differs in the cache of a run."""
+    if config.prompts is None:
+        return f"{command_name()} cache CONFIG --overwrite"
+    by_itself = "" if config.cache_dir is not None else ", or start over with --overwrite_output_dir"
+    return (
+        f"{command_name()} cache --model {config.pretrained_model_name_or_path} --prompts {config.prompts} --overwrite "
+        f"(and the other keys of the run){by_itself}"
+    )
 
 
 def digest(value: Any) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from apex_fast.backbones.base import Backbone
@@ -209,6 +210,7 @@ def encode_data(
             f"pretrained_model_name_or_path: {config.pretrained_model_name_or_path} has no {', '.join(missing)}, so "
             "prompts and pictures cannot be encoded; write the folder or hub id of the whole pipeline"
         )
+    _check_loaded_text_encoders(config, backbone)
     captions = list(dict.fromkeys(source.captions if isinstance(source, Source) else source.vocabulary or []))
     extra = extra_prompts(config, captions)
     # One after the other, so that text encoders, VAE and transformer are never on the device together.
@@ -243,6 +245,15 @@ def check_text_encoders(config: TrainConfig, parameters: int, processes: int) ->
             f"{command_name()} cache CONFIG (with the same config and keys); or write "
             "max_uncached_text_parameters: null"
         )
+
+
+def _check_loaded_text_encoders(config: TrainConfig, backbone: Backbone) -> None:
+    """:func:`check_text_encoders` for a model that was not on the disk when files were asked how large it is."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    parts = [backbone.components.get(name) for name in backbone.text_parts]
+    count = sum(p.numel() for part in parts if isinstance(part, nn.Module) for p in part.parameters())
+    if world > 1:
+        check_text_encoders(config, count, world)
 
 
 def _check_shape(config: TrainConfig, backbone: Backbone, source: TextImages | Source) -> None:
