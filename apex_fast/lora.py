@@ -193,16 +193,16 @@ class LoraVelocities(Velocities):
         self.switch.activate((*start, GENERATOR))
 
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """Moves the averaged adapter towards the trained one; after every optimizer step. Nothing for another real
-        branch."""
+    def update_ema(self, skip: Tensor | None = None) -> None:
+        """Moves the averaged adapter towards the trained one; after every optimizer step, and not where ``skip`` is not
+        zero. Nothing for another real branch."""
         if self._ema_decay is None:
             return
         # By name, not by stored parameters: sharding a network replaces them.
         averages, sources = _adapter(self._transformer, EMA), _adapter(self._transformer, GENERATOR)
         for name, average in averages.items():
             exact = self._exact.get(name, average.data)
-            exact.lerp_(sources[name].detach().to(exact.dtype), 1 - self._ema_decay)
+            exact.lerp_(sources[name].detach().to(exact.dtype), self._ema_share(exact, skip))
             if name in self._exact:
                 average.copy_(exact)
 

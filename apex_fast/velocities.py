@@ -126,11 +126,13 @@ class Velocities:
         return self._ema_decay is not None
 
     @torch.no_grad()
-    def update_ema(self) -> None:
+    def update_ema(self, skip: Tensor | None = None) -> None:
         """Moves the average towards the module: ``average = decay * average + (1 - decay) * parameter``.
 
         Buffers are copied. Call it after every optimizer step; it does nothing where the real branch is no average, so
         a loop may always call it.
+
+        skip: 0-d, on the device of the parameters: where it is not zero, the average stays.
         """
         if self._ema_decay is None or self._copy is None or self._source is None:
             return
@@ -138,11 +140,16 @@ class Velocities:
         mine, theirs = dict(self._copy.named_parameters()), dict(self._source.named_parameters())
         for name in self._own:
             average = self._averages.get(name, mine[name])
-            average.lerp_(theirs[name].detach().to(average.dtype), 1 - self._ema_decay)
+            average.lerp_(theirs[name].detach().to(average.dtype), self._ema_share(average, skip))
             if name in self._averages:
                 mine[name].copy_(average)
         for own, source in zip(self._copy.buffers(), self._source.buffers(), strict=True):
             own.copy_(source)
+
+    def _ema_share(self, average: Tensor, skip: Tensor | None) -> float | Tensor:
+        """Of the parameters in an update of ``average``; without ``skip`` a plain number, which the host knows."""
+        share = 1 - self._ema_decay
+        return share if skip is None else share * (skip == 0).to(average)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs of a real branch that was copied here: its own parameters and buffers.

@@ -19,6 +19,7 @@ from tiny_runs import keys, make_start, start_process
 from apex_fast import ConditionShift
 from apex_fast.condition import Condition
 from apex_fast.finite import NonFiniteLossError
+from apex_fast.reporting.run_files import read_run
 from apex_fast.training import alarms as alarms_module
 from apex_fast.training.alarms import (
     DOCS,
@@ -30,11 +31,13 @@ from apex_fast.training.alarms import (
     NonFiniteSettings,
     one_step_spread,
 )
-from apex_fast.training.checkpoint import checkpoints
+from apex_fast.training.checkpoint import checkpoints, load_state
 from apex_fast.training.config import load_config
+from apex_fast.training.ema import WeightAverage
 from apex_fast.training.loop import Trainer
-from apex_fast.training.optimizers import step_unless
+from apex_fast.training.optimizers import step_unless, waits_for_the_device
 from apex_fast.training.settings import SettingsError
+from apex_fast.velocities import Velocities
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,7 +111,9 @@ def test_a_batch_that_is_no_number_is_skipped_and_the_run_goes_on(start: Path, t
     assert step == 5 and alarm["name"] == "non_finite"  # of step 4, looked at a step later
     assert "nan" in alarm["saw"] and alarm["did"].startswith("the step was skipped (1 in a row, an error at 10)")
     assert alarm["see"] == f"{DOCS}#non-finite"
-    assert "ALARM non_finite at step 4" in trainer.stream.getvalue()
+    # Console and report name the step it was, not the one in which it was told.
+    assert "ALARM non_finite at step 4" in trainer.stream.getvalue() and alarm["step"] == 4
+    assert [told["step"] for told in read_run(tmp_path).alarms] == [4]
     assert curve(tmp_path, "skipped_steps")[10] == 1
 
 
@@ -118,8 +123,35 @@ def test_too_many_in_a_row_are_an_error_and_leave_no_checkpoint_of_them(start: P
     with pytest.raises(NonFiniteLossError, match="of step"):
         trainer.run()
     assert trainer.step < 8
-    # Of step 2, and not of step 4 in the midst of it.
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2"]
+    # Of step 4 too, which is in the midst of it: no step has touched the weights since step 2.
+    found = checkpoints(tmp_path)
+    assert [p.name for p in found] == ["checkpoint-2", "checkpoint-4"]
+    one, other = (load_state(folder, "ema")["average"] for folder in found)
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+@pytest.mark.parametrize("until", [None, 4])
+def test_two_in_a_row_at_the_step_of_a_checkpoint_do_not_end_the_run(
+    start: Path, tmp_path: Path, until: int | None
+) -> None:
+    """until: as if a signal had come there."""
+    trainer = trainer_of(start, tmp_path, "--checkpointing_steps", "4" if until is None else "null")
+    spoil(trainer, 2, 3)
+    trainer.run(until=until)
+    wanted = [4, 8, 10] if until is None else [4]
+    assert [p.name for p in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in wanted]
+
+
+def test_nothing_is_saved_at_the_last_step_that_patience_allows() -> None:
+    alarms = Alarms(AlarmSettings(non_finite=NonFiniteSettings(patience=3)))
+    weight = torch.nn.Parameter(torch.ones(2))
+    for step in range(1, 4):
+        alarms.judge(torch.tensor(math.nan))
+        alarms.after_step(step, {})
+        if step < 3:
+            alarms.settle([weight])
+    with pytest.raises(NonFiniteLossError, match="of step 2"):
+        alarms.settle([weight])
 
 
 def test_a_single_one_at_the_step_of_a_checkpoint_is_no_reason_not_to_save(start: Path, tmp_path: Path) -> None:
@@ -204,6 +236,51 @@ def test_explosions_in_a_row_stop_the_run_with_a_checkpoint(start: Path, tmp_pat
     said = trainer.stream.getvalue()
     assert f"read {DOCS}#gradient-explosion" in said and "--resume_from_checkpoint latest" in said
     assert not (tmp_path / "model").exists()
+
+
+def test_under_fp16_explosions_are_counted_with_overflows_and_move_no_average(
+    start: Path, tmp_path: Path, short_memory: None
+) -> None:
+    trainer = trainer_of(start, tmp_path, "--real_branch", "ema", "--max_train_steps", "9")
+    # With the loss scaler of fp16, and fp32 inside: in fp16 this network overflows where it likes.
+    trainer.scaler, trainer.alarms.loss_scaling = torch.amp.GradScaler("cpu", init_scale=8.0), True
+    spoil(trainer, 3, factor=math.nan)
+    judge = trainer.alarms.judge
+    trainer.alarms.judge = lambda norm: judge(norm * 1e4 if trainer.step == 7 else norm)  # type: ignore[method-assign]
+    seen: list[list[torch.Tensor]] = []
+    trainer.callbacks.append(lambda t: seen.append([*weights(t), *averages(t)]))
+    trainer.run()
+    assert [same(a, b) for a, b in zip(seen, seen[1:], strict=False)] == [n in (3, 7) for n in range(9)]
+    assert trainer.skipped_steps == curve(tmp_path, "skipped_steps")[9] == 2
+    assert trainer.average.updates == 7
+    assert [alarm["name"] for _, alarm in written(tmp_path)][-1] == "gradient_explosion"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_moves_no_average(start: Path, tmp_path: Path, fused: bool) -> None:
+    """fused: as on a GPU, where nobody but the device knows of the skip."""
+    trainer = trainer_of(start, tmp_path, "--real_branch", "ema", "--max_train_steps", "6")
+    if fused:
+        trainer.optimizer = torch.optim.AdamW(trainer.parameters, lr=1e-3, fused=True)
+    assert waits_for_the_device(trainer.optimizer) == (not fused)
+    spoil(trainer, 3)
+    seen: list[list[torch.Tensor]] = []
+    trainer.callbacks.append(lambda t: seen.append(averages(t)))
+    trainer.run()
+    assert [same(a, b) for a, b in zip(seen, seen[1:], strict=False)] == [False] * 3 + [True] + [False] * 2
+    assert trainer.average.updates == 5
+
+
+def averages(trainer: Trainer) -> list[torch.Tensor]:
+    """Of the weights, and those of the real branch."""
+    found = [*trainer.average.average.values(), *trainer.velocities.state_dict().values()]
+    return [value.clone() for value in found]
+
+
+def test_after_norms_of_nothing_a_gradient_is_no_explosion() -> None:
+    alarms = Alarms(AlarmSettings())
+    assert [float(alarms.judge(torch.tensor(norm))) for norm in [0.0] * 21 + [1.0]] == [0.0] * 22
+    assert alarms.after_step(22, {}) == alarms.after_step(23, {}) == []
 
 
 def test_a_norm_that_stays_larger_becomes_the_normal_one() -> None:
@@ -327,6 +404,30 @@ def test_a_shift_that_starts_at_the_identity_is_only_told_when_it_goes_far() -> 
     assert "moved by 1.02 of the default shift's distance from the identity, more than 1" in found[6][0].saw
 
 
+@pytest.mark.parametrize(("way", "told"), [(1.0, [3, 5, 8]), (-1.0, [3, 5, 7])])
+def test_a_shift_that_goes_on_drifting_is_told_of_again_in_a_resumed_run(way: float, told: list[int]) -> None:
+    """Away from its start, the alarm comes for each further ``most``; towards the identity, for each halving."""
+    shift = ConditionShift(scale=-1.0, bias=0.0, trainable=True)
+    if way > 0:
+        scales = [-1.0, -2.0, -3.1, -3.2, -5.2, -5.3, -6.0, -7.5]
+    else:
+        scales = [-1.0, 0.0, 0.2, 0.4, 0.6, 0.6, 0.8, 0.8]
+    alarms, found = Alarms(AlarmSettings(), shift=shift), []
+    for step, scale in enumerate(scales, 1):
+        with torch.no_grad():
+            shift.scale.fill_(scale)
+        alarms.after_step(step, {})
+        step_of, numbers = alarms._pending.read()
+        alarms._pending = None
+        found += [alarm.step for alarm in alarms.look(step_of, numbers)]
+        # Every step in a run of its own.
+        state, again = alarms.state_dict(), Alarms(AlarmSettings(), shift=shift)
+        again._start, again._unit = alarms._start, alarms._unit
+        again.load_state_dict(json.loads(json.dumps(state)))
+        alarms = again
+    assert found == told
+
+
 def test_a_shift_that_is_not_trained_is_not_watched() -> None:
     alarms = Alarms(AlarmSettings(), shift=ConditionShift(scale=1.0, bias=0.0))
     assert alarms.after_step(1, {}) == alarms.after_step(2, {}) == []
@@ -423,10 +524,15 @@ def test_skipping_a_step_does_not_wait_for_the_device() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)  # the optimizer of a GPU
     parameter.grad = torch.full_like(parameter, math.nan)
+    network = torch.nn.Linear(2, 2)
+    average, velocities = WeightAverage(network, [0.5, 0.9]), Velocities.from_module(network, real="ema")
     with NoLook():
         skip = alarms.judge(torch.nn.utils.get_total_norm([parameter.grad]))
-        step_unless(optimizer, skip)
+        assert step_unless(optimizer, skip) is None
+        average.update(skip)
+        velocities.update_ema(skip)
         alarms.after_step(1, {"loss_total": torch.tensor(1.0)})
+    assert average.updates == 0
     assert torch.equal(parameter.detach(), torch.ones(3))
     with pytest.raises(AssertionError), NoLook():
         skip.item()
@@ -518,6 +624,9 @@ def test_processes_skip_and_back_off_together(start: Path, tmp_path: Path) -> No
         (("--alarms.gradient_explosion.factor", "1"), "factor must be above 1"),
         (("--alarms.gradient_explosion.window", "5"), "must be at least 20 steps"),
         (("--alarms.branch_difference.low", "2"), "low must be at least 0 and below high"),
+        (("--alarms.diversity.share", "5"), "diversity.share must be at least 0 and below 1, got 5"),
+        (("--alarms.shift_drift.most", "-1"), "shift_drift.most must be above 0 and finite, got -1"),
+        (("--alarms.shift_drift.least", "1"), "shift_drift.least must be at least 0 and below 1, got 1"),
         (("--alarms.diversity.seeds", "1"), "seeds must be at least 2"),
         (("--alarms.non_finite.patience", "0"), "alarms.non_finite.patience must be at least 1"),
         (("--alarms.non_finite.action", "stop"), "must be one of: skip, error"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,49 @@ def test_a_rate_that_was_not_saved_is_refused_with_those_that_were(start: Path, 
     resume = ("--resume_from_checkpoint", "latest", "--ema_decay", "[0.5, 0.99]")
     with pytest.raises(CheckpointError, match="no average with ema_decay 0.99; averages there: 0.5, 0.9"):
         Trainer(load_config(None, keys(start, tmp_path, *resume)))
+
+
+@pytest.mark.parametrize(
+    ("rates", "wanted"), [([0.1, 0.5], [0.1, 0.5]), ([0.1], [0.1]), ([0.9, 0.1], [0.5, 0.1]), ([0.5], [0.5])]
+)
+def test_a_resume_takes_the_average_of_the_same_rate_and_says_where_there_is_none(
+    rates: list[float], wanted: list[float]
+) -> None:
+    layer = nn.Linear(3, 2)
+    saved = WeightAverage(layer, [0.5, 0.1])
+    for _ in range(3):
+        with torch.no_grad():
+            layer.weight.add_(1)
+        saved.update()
+    resumed = WeightAverage(layer, rates)
+    resumed.load_state_dict(saved.state_dict())
+    for rate, source in zip(rates, wanted, strict=True):
+        assert torch.equal(resumed.averages[rate]["weight"], saved.averages[source]["weight"])
+    assert resumed.updates == 3
+    assert len(resumed.notes) == (rates[0] == 0.9)
+    assert all("no average with ema_decay 0.9" in note and "with 0.5" in note for note in resumed.notes)
+
+
+def test_a_run_with_another_rate_says_which_average_it_goes_on_from(start: Path, tmp_path: Path) -> None:
+    Trainer(load_config(None, keys(start, tmp_path, "--ema_decay", "0.5"))).run(until=2)
+    resume = ("--resume_from_checkpoint", "latest", "--ema_decay", "0.9")
+    said = io.StringIO()
+    Trainer(load_config(None, keys(start, tmp_path, *resume)), stream=said).run(until=3)
+    assert "no average with ema_decay 0.9; that one goes on from the average with 0.5" in said.getvalue()
+
+
+def test_an_update_of_a_step_that_was_left_out_changes_nothing() -> None:
+    layer = nn.Linear(3, 2)
+    with_it, without = WeightAverage(layer, [0.3, 0.9]), WeightAverage(layer, [0.3, 0.9])
+    for step in range(5):
+        with torch.no_grad():
+            layer.weight.add_(1)
+        with_it.update(torch.tensor(float(step == 2)))
+        if step != 2:
+            without.update()
+    assert with_it.updates == without.updates == 4
+    for rate in (0.3, 0.9):
+        assert torch.equal(with_it.averages[rate]["weight"], without.averages[rate]["weight"])
 
 
 def test_a_state_of_one_rate_from_before_there_were_several_is_read() -> None:

@@ -158,6 +158,14 @@ class AlarmSettings:
             )
         if self.diversity.seeds < 2:
             raise SettingsError(f"alarms.diversity.seeds must be at least 2, got {self.diversity.seeds}")
+        if not 0 <= self.diversity.share < 1:
+            raise SettingsError(f"alarms.diversity.share must be at least 0 and below 1, got {self.diversity.share}")
+        if not 0 <= self.shift_drift.least < 1:
+            raise SettingsError(
+                f"alarms.shift_drift.least must be at least 0 and below 1, got {self.shift_drift.least}"
+            )
+        if not 0 < self.shift_drift.most < math.inf:
+            raise SettingsError(f"alarms.shift_drift.most must be above 0 and finite, got {self.shift_drift.most}")
         if not self.gradient_explosion.factor > 1:
             raise SettingsError(
                 f"alarms.gradient_explosion.factor must be above 1, got {self.gradient_explosion.factor}"
@@ -178,7 +186,8 @@ class Alarm:
 
     Attributes:
         name: key of the alarm in the config's ``alarms``.
-        step: how many steps were done when it was seen; the step itself is ``step - 1``, counted from 0.
+        step: the step that it was seen in, counted from 1, on the console, in metrics.jsonl and in reports. The line of
+            metrics.jsonl is written a step later, and its own ``step`` is that one's: a resumed run cuts by it.
         saw, did: in words.
         stops: whether it ends the run.
     """
@@ -202,7 +211,7 @@ class Alarm:
     @property
     def record(self) -> dict[str, Any]:
         """For metrics.jsonl."""
-        return {"alarm": {"name": self.name, "saw": self.saw, "did": self.did, "see": self.see}}
+        return {"alarm": {"step": self.step, "name": self.name, "saw": self.saw, "did": self.did, "see": self.see}}
 
 
 class Alarms:
@@ -248,6 +257,7 @@ class Alarms:
         self._run = {"non_finite": 0, "gradient_explosion": 0, "diversity": 0}
         self._differences: deque[float] = deque(maxlen=settings.branch_difference.window)
         self._quiet: set[str] = set()
+        self._drift_told = 0
         self._widest = 0.0
 
     # ---- on the device
@@ -265,7 +275,7 @@ class Alarms:
         ordered = self._norms.sort().values
         known = ordered.isfinite().sum()
         median = ordered.gather(0, ((known - 1) // 2).clamp_min(0).view(1)).squeeze(0)
-        exploded = (norm > settings.factor * median) & (known >= LEAST_HISTORY) & norm.isfinite()
+        exploded = (norm > settings.factor * median) & (known >= LEAST_HISTORY) & (median > 0) & norm.isfinite()
         skip = torch.zeros_like(norm)
         if self.settings.non_finite.action == "skip":
             skip = torch.maximum(skip, (~norm.isfinite()).float())
@@ -411,11 +421,16 @@ class Alarms:
             unit = "the default shift's distance" if self._starts_as_none else "its first distance"
             saw = f"the shift has moved by {moved:.2f} of {unit} from the identity, more than {settings.most:g}"
         if saw is None:
-            self._quiet.discard("shift_drift")
+            self._drift_told = 0
             return None
-        if "shift_drift" in self._quiet:
+        # Told once for each further `most` and each halving below `least`: a run that was stopped and goes on is
+        # stopped again where it goes on drifting.
+        levels = [int(min(moved / settings.most, 1e9))] if moved > settings.most else []
+        if left < settings.least:
+            levels.append(1 + int(math.log2(settings.least / max(left, 1e-6))))
+        if max(levels) <= self._drift_told:
             return None
-        self._quiet.add("shift_drift")
+        self._drift_told = max(levels)
         return self._act("shift_drift", step, saw, settings.action)
 
     def _diversity(self, step: int, numbers: Mapping[str, float]) -> Alarm | None:
@@ -467,8 +482,8 @@ class Alarms:
         parameters: what would be saved.
 
         Raises:
-            NonFiniteLossError: the last step had no finite gradients or losses, and what would be saved may be spoilt:
-                neither had the step before, or the parameters themselves are not finite.
+            NonFiniteLossError: the last step had no finite gradients or losses, and it is the last of ``patience`` in
+                a row, or the parameters themselves are not finite.
         """
         if self._pending is None:
             return
@@ -478,8 +493,9 @@ class Alarms:
         scaled = self.loss_scaling and bad == GRADIENT_NORM
         if bad is None or scaled:
             return
-        again = self._run["non_finite"] or self.settings.non_finite.action == "error"
-        if again or _spoilt(parameters):
+        settings = self.settings.non_finite
+        enough = settings.action == "error" or self._run["non_finite"] + 1 >= settings.patience
+        if enough or _spoilt(parameters):
             raise NonFiniteLossError(bad, step - 1, numbers[_key(bad)])
 
     def state_dict(self) -> dict[str, Any]:
@@ -493,6 +509,7 @@ class Alarms:
             "runs": dict(self._run),
             "differences": list(self._differences),
             "quiet": sorted(self._quiet),
+            "drift_told": self._drift_told,
             "widest": self._widest,
             "pending": None if pending is None else {"step": pending[0], "numbers": _written(pending[1])},
         }
@@ -509,7 +526,10 @@ class Alarms:
         self._run = {**self._run, **{k: int(v) for k, v in state["runs"].items()}}
         self._differences.clear()
         self._differences.extend(state["differences"])
-        self._quiet = set(state["quiet"])
+        quiet = set(state["quiet"])
+        # Earlier versions told of a drift once, and kept that among the others.
+        self._drift_told = int(state.get("drift_told", "shift_drift" in quiet))
+        self._quiet = quiet - {"shift_drift"}
         self._widest = float(state["widest"])
         pending = state["pending"]
         self._pending = None if pending is None else _Here(int(pending["step"]), _read(pending["numbers"]))

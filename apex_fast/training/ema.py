@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apex_fast.parts import placed
+from apex_fast.parts import is_sharded, placed
 
 
 class WeightAverage:
@@ -26,13 +26,14 @@ class WeightAverage:
     Attributes:
         decays: the rates, the first of which is evaluated and exported.
         averages: by rate, tensors by the name of their parameter; ``average`` is the first one's.
+        notes: what :meth:`load_state_dict` did that somebody should know of.
     """
 
     def __init__(self, module: nn.Module, decay: float | Sequence[float]) -> None:
         """Raises ValueError unless every decay is in [0, 1) and there once, and a parameter is trainable."""
         self.decays = (decay,) if isinstance(decay, (int, float)) else tuple(decay)
         check_decays(self.decays)
-        self.updates = 0
+        self.notes: list[str] = []
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("nothing to average: no parameter is trainable")
@@ -43,6 +44,13 @@ class WeightAverage:
             }
             for decay in self.decays
         }
+        # On the device, where it is decided whether a step counts.
+        self._updates = torch.zeros((), device=_own(next(iter(self.average.values()))).device)
+
+    @property
+    def updates(self) -> int:
+        """Updates so far; on a GPU the host waits for this."""
+        return int(self._updates)
 
     @property
     def decay(self) -> float:
@@ -55,14 +63,20 @@ class WeightAverage:
         return self.averages[self.decay]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One step of every average, after the optimizer's."""
-        self.updates += 1
+    def update(self, skip: Tensor | None = None) -> None:
+        """One step of every average, after the optimizer's.
+
+        skip: 0-d, on the device: not zero where the optimizer left its step out. The averages and their count of
+        updates then stay, and nobody waits to know.
+        """
+        took = self._updates.new_ones(()) if skip is None else (skip == 0).to(self._updates)
+        self._updates += took
         for decay, average in self.averages.items():
-            kept = min(decay, (1 + self.updates) / (10 + self.updates))
-            averages = list(average.values())
-            weights = [p.detach().to(a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]
-            torch._foreach_lerp_(averages, weights, 1.0 - kept)
+            # 1 - decay_i, written so that fp32 does not lose the digits of a decay near 1.
+            share = (9.0 / (10.0 + self._updates)).clamp_min(1.0 - decay) * took
+            averages = [_own(a) for a in average.values()]
+            weights = [_own(p.detach()).to(a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]
+            torch._foreach_lerp_(averages, weights, [share.to(a) for a in averages])
 
     @contextlib.contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
@@ -89,19 +103,28 @@ class WeightAverage:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`. The first rate may be another than was saved (the run goes on with the new one);
-        every further one must be there.
+        """Restores :meth:`state_dict`: of every rate the average that was saved of it. A first rate that was not saved
+        goes on from the first average that was, and ``notes`` says so; every further one must be there.
 
         Raises:
             ValueError: the parameters differ from those saved, or a further rate was not saved.
         """
-        found = {self.decay: chosen_average(state, None)}
+        self.notes = []
+        try:
+            found = {self.decay: chosen_average(state, f"{self.decay:g}")}
+        except ValueError:
+            found = {self.decay: chosen_average(state, None)}
+            if "decay" in state:
+                self.notes.append(
+                    f"the checkpoint has no average with ema_decay {self.decay:g}; that one goes on from the average "
+                    f"with {state['decay']:g}"
+                )
         found |= {decay: chosen_average(state, f"{decay:g}") for decay in self.decays[1:]}
         for average in found.values():
             if set(average) != set(self.parameters):
                 odd = sorted(set(average) ^ set(self.parameters))[0]
                 raise ValueError(f"the average was saved for other parameters (first difference: {odd})")
-        self.updates = int(state["updates"])
+        self._updates.fill_(int(state["updates"]))
         with torch.no_grad():
             for decay, average in found.items():
                 for name, value in average.items():
@@ -134,6 +157,11 @@ def chosen_average(state: Mapping[str, Any], rate: str | None) -> dict[str, Tens
             return average
     there = ", ".join([*([] if first is None else [f"{first:g}"]), *others]) or "one, whose rate was not noted"
     raise ValueError(f"there is no average with ema_decay {rate}; averages there: {there}")
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in the same memory; any other as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _same(rate: str, other: float | str) -> bool:

@@ -8,8 +8,9 @@ changed ``learning_rate``; every step they are set anew from one factor (:mod:`a
 
 A step that must not happen (an alarm saw a gradient that is not finite, or exploded) is decided by a number that lies
 on the device. torch's fused AdamW reads such a flag in its own kernel and leaves weights, moments and step count as
-they are, so nobody waits for it; that is what runs on a GPU. Where the kernel cannot (8-bit AdamW, the plain loop on a
-CPU, a loss scaler, which owns that flag), the flag is read on the host, which on a GPU drains its queue once a step.
+they are, so nobody waits for it; that is what runs on a GPU. Where the kernel cannot (8-bit AdamW, parameters sharded
+by FSDP2, the plain loop on a CPU, a loss scaler, which owns that flag), the flag is read on the host, which on a GPU
+drains its queue once a step.
 """
 
 from __future__ import annotations
@@ -85,27 +86,35 @@ def waits_for_the_device(optimizer: torch.optim.Optimizer) -> bool:
 
 def step_unless(
     optimizer: torch.optim.Optimizer, skip: Tensor | None, scaler: torch.amp.GradScaler | None = None
-) -> None:
+) -> bool | None:
     """A step of ``optimizer``, or none where ``skip`` is not zero: weights, moments and its count of steps then stay.
 
     Args:
         optimizer: one of :func:`make_optimizer`.
         skip: 0-d, floating point, on the device of the parameters; the same number in every process. None: step.
         scaler: of fp16 training, whose ``unscale_`` was called on the gradients; it is updated.
+
+    Returns:
+        Whether it stepped; None where only the device knows, by ``skip``.
     """
     if scaler is not None:
         # The scaler leaves steps with overflown gradients out by itself, and owns the flag that the kernel reads.
-        if skip is None or not skip.item():
+        wanted, before = skip is None or not skip.item(), scaler.get_scale()
+        if wanted:
             scaler.step(optimizer)
         scaler.update()
-    elif skip is None:
+        return wanted and scaler.get_scale() >= before
+    if skip is None:
         optimizer.step()
-    elif waits_for_the_device(optimizer):
-        if not skip.item():
+        return True
+    if waits_for_the_device(optimizer):
+        wanted = not skip.item()
+        if wanted:
             optimizer.step()
-    else:
-        optimizer.found_inf = skip.detach().float()  # type: ignore[attr-defined]
-        try:
-            optimizer.step()
-        finally:
-            del optimizer.found_inf  # type: ignore[attr-defined]
+        return wanted
+    optimizer.found_inf = skip.detach().float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    return None

@@ -108,7 +108,7 @@ class Course:
         sharper = max(2 * self.settled, self.total // 5)
         found = [
             Milestone(self.warmup, f"{band}, the shifted branch being fitted", "branch-difference", DV),
-            Milestone(self.settled, f"{band} and falling", "branch-difference", DV),
+            Milestone(self.settled, f"{band}, the correction at its full weight", "branch-difference", DV),
             Milestone(sharper, "one-step samples sharper than those of the start", "one-step-samples-stay-blurred"),
             Milestone(self.total * 3 // 5, "most of what one step will reach", "one-step-samples-stay-blurred"),
         ]
