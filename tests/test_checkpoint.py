@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import io
 import json
 import os
 import random
@@ -502,6 +505,150 @@ def test_limits_and_a_second_run_in_the_same_folder(tiny_start: Path, tmp_path: 
     run(tiny_start, tmp_path, *options, "--overwrite_output_dir", "true", until=1)
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert [step for step, *_ in losses(tmp_path)] == [1]
+
+
+def test_latest_begins_a_run_again_that_was_killed_before_its_first_checkpoint(
+    tiny_start: Path, tmp_path: Path
+) -> None:
+    from apex_fast.training.settings import SettingsError
+
+    class KilledError(Exception):
+        pass
+
+    def kill(trainer: Trainer) -> None:
+        if trainer.step == 2:
+            raise KilledError
+
+    latest = ("--resume_from_checkpoint", "latest")
+    with pytest.raises(CheckpointError, match="has no complete checkpoint; leave the key out"):
+        run(tiny_start, tmp_path / "nothing", *latest)
+    with pytest.raises(KilledError):
+        Trainer(load_config(None, keys(tiny_start, tmp_path / "run")), callbacks=[kill]).run()
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]
+    with pytest.raises(SettingsError, match="already holds a run.*latest.*--overwrite_output_dir"):
+        run(tiny_start, tmp_path / "run")
+    said = io.StringIO()
+    Trainer(load_config(None, keys(tiny_start, tmp_path / "run", *latest)), stream=said).run()
+    assert "ended before its first checkpoint: it begins at step 0 again" in said.getvalue()
+    run(tiny_start, tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    # What had a checkpoint once is not begun again unasked.
+    damaged = tmp_path / "run" / "damaged-checkpoint-4"
+    (tmp_path / "run" / "checkpoint-4").rename(damaged)
+    (tmp_path / "run" / "model").rename(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="no complete checkpoint.*--overwrite_output_dir"):
+        run(tiny_start, tmp_path / "run", *latest)
+
+
+def test_starting_over_removes_what_the_library_made_of_the_old_run_and_nothing_else(
+    tiny_start: Path, tmp_path: Path
+) -> None:
+    from apex_fast.reporting.command import write_report
+
+    folder = tmp_path / "run"
+    run(tiny_start, folder)
+    write_report(folder)
+    export = folder / "export" / "diffusers"
+    ours = ["damaged-checkpoint-2/x", "wandb_run_id", "generated/a-cat-1-step-seed-0.png"]
+    ours += ["export/diffusers/weights", "export/diffusers/part/weights"]
+    theirs = ["export/diffusers/mine.txt", "export/other/weights", "generated/mine.png", "notes.txt", "outside.txt"]
+    for name in ours + theirs:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    facts = {"library": "apex_fast 1", "files": ["weights", "part/weights", "../../outside.txt"]}
+    (export / "export.json").write_text(json.dumps(facts))
+    run(tiny_start, folder, "--overwrite_output_dir", "true", until=1)
+    assert [name for name in [*ours, "report.html", "export/diffusers/export.json"] if (folder / name).exists()] == []
+    assert [name for name in theirs if not (folder / name).is_file()] == []
+    assert not (export / "part").exists() and not (folder / "damaged-checkpoint-2").exists()
+    (folder / "report.html").write_text("<title>my own page</title>")
+    for name in theirs[:3]:
+        (folder / name).unlink()
+    run(tiny_start, folder, "--overwrite_output_dir", "true", until=1)
+    assert (folder / "report.html").is_file()
+    assert not (folder / "export").exists() and not (folder / "generated").exists()
+
+
+def test_the_end_of_a_run_names_damaged_checkpoints(tiny_start: Path, tmp_path: Path) -> None:
+    run(tiny_start, tmp_path, until=1)
+    (tmp_path / "damaged-checkpoint-7").mkdir()
+    (tmp_path / "damaged-checkpoint-7" / "x").write_bytes(b"x" * 2_000_000)
+    said = io.StringIO()
+    resumed = load_config(None, keys(tiny_start, tmp_path, "--resume_from_checkpoint", "latest"))
+    Trainer(resumed, stream=said).run()
+    assert "still has damaged-checkpoint-7 (2.0 MB)" in said.getvalue()
+
+
+# ---- one writer
+
+
+HOLDER = """
+import sys, time
+from apex_fast.training.locks import hold
+lock = hold(sys.argv[1], print)
+print(lock.held, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_until_its_process_is_gone(
+    tiny_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apex_fast.training import locks
+    from apex_fast.training.settings import SettingsError
+
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    run(tiny_start, tmp_path / "run", until=1)
+    assert not (tmp_path / "run" / ".lock").exists(), "a run that has ended leaves no lock"
+    partial = tmp_path / "run" / ".checkpoint-2.partial-77"
+    partial.mkdir()
+    before = (tmp_path / "run" / "metrics.jsonl").stat()
+    process = start_process(["-c", HOLDER, str(tmp_path / "run")])
+    try:
+        assert process.stdout.readline().strip() == "True"
+        for more in (("--resume_from_checkpoint", "latest"), ("--overwrite_output_dir", "true")):
+            with pytest.raises(SettingsError, match=rf"another process \(process {process.pid} on .*output_dir"):
+                run(tiny_start, tmp_path / "run", *more)
+        after = (tmp_path / "run" / "metrics.jsonl").stat()
+        assert partial.is_dir() and (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+    assert (tmp_path / "run" / ".lock").is_file(), "a killed process cannot remove it"
+    run(tiny_start, tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert not partial.exists() and not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_lock_goes_to_the_newest_trainer_of_a_process_and_ends_with_it(tiny_start: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    first = Trainer(load_config(None, keys(tiny_start, folder)))
+    second = Trainer(load_config(None, keys(tiny_start, folder)))
+    assert second._lock.held and not first._lock.held
+    del first
+    gc.collect()
+    assert second._lock.held and (folder / ".lock").is_file()
+    del second
+    gc.collect()
+    assert not (tmp_path / "new").exists(), "a trainer that never ran leaves nothing"
+    with pytest.raises(CheckpointError):
+        Trainer(load_config(None, keys(tiny_start, folder, "--resume_from_checkpoint", "latest")))
+    assert not (tmp_path / "new").exists(), "a refused one neither"
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from apex_fast.training import locks
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    said: list[str] = []
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    lock = locks.hold(tmp_path, said.append)
+    assert not lock.held and len(said) == 1 and "cannot be locked" in said[0] and "No locks available" in said[0]
+    lock.release()
+    assert not locks.hold(tmp_path, said.append).held and len(said) == 1, "said once"
+    monkeypatch.setattr(locks, "fcntl", None)
+    assert not locks.hold(tmp_path / "b", said.append).held and "this system has no flock" in said[1]
 
 
 def test_a_model_that_was_set_aside_is_found_and_put_back(tiny_start: Path, tmp_path: Path) -> None:

@@ -123,6 +123,13 @@ def test_a_job_begins_and_goes_on(cluster: Path, tmp_path: Path) -> None:
     assert "fsdp2_8gpu.yaml" in cluster.read_text().splitlines()[-1]
 
 
+def test_a_job_that_was_killed_before_its_first_checkpoint_goes_on_too(cluster: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert submit("run.yaml", str(tmp_path / "run")).returncode == 0
+    assert cluster.read_text().rstrip().endswith("--resume_from_checkpoint latest")
+
+
 def test_an_error_is_for_a_person(cluster: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint-100").mkdir(parents=True)
     done = submit("run.yaml", str(tmp_path / "run"), code=1)

@@ -203,3 +203,20 @@ def test_sharing_out_is_off_in_one_process() -> None:
     alone = Processes()
     assert alone.rows(3) == slice(0, 3) and alone.from_main(5) == 5 and alone.together(lambda: 1) == [1]
     assert Processes(rank=2, world=4).rows(3) == slice(6, 9)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RUN_ID": "7"}, True),
+        ({"TORCHELASTIC_RUN_ID": "7", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}, False),
+    ],
+)
+def test_a_launcher_with_a_short_grace_period_is_said(environment, said, monkeypatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    made = processes.start("cpu", **CONFIG)
+    assert any("kills its processes after 30 s" in note for note in made.notes) == said

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import sys
 import types
 from pathlib import Path
@@ -210,6 +212,10 @@ def test_milestones_come_from_the_recipe() -> None:
     found = Course(objective(), 4000).milestones()
     assert [m.step for m in found] == [500, 600, 1200, 2400]
     assert "by step 500 expect dv between 0.1 and 1" in found[0].announce()
+    # One number is looked at, so nothing is said of where it is going.
+    assert [m.expect for m in found if "falling" in m.expect] == []
+    guide = (Path(__file__).parent.parent / phases.GUIDE).read_text(encoding="utf-8")
+    assert found[1].announce() in " ".join(guide.split())
     at_once = Course(objective(warmup_steps=0, ramp_steps=0, total_steps=100), 100)
     assert [m.step for m in at_once.milestones()] == [20, 60]
     # A run that is all warm-up: nothing is promised that it cannot reach.
@@ -260,6 +266,34 @@ def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> N
     file.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "a": None, "b": None, "c": 1.0, "phase": "ramp"}
+
+
+def test_a_full_disk_costs_lines_of_the_metrics_and_not_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep_until=0, say=said.append)
+    file.write(1, {"a": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+    try:
+        file.write(2, {"a": 1.0})  # fits in part
+        file.write(3, {"a": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file.write(4, {"a": 1.0})
+    file.close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 4]
+    assert len(said) == 1 and said[0].startswith("careful: step 2: ") and "could not be written" in said[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_closing_the_metrics_on_a_full_disk_raises_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep_until=0)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), file._file.fileno())
+    file.write(1, {"a": 1.0})
+    file.close()
+    assert "No space left on device" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="closed"):
+        file.write(2, {"a": 1.0})
 
 
 # ---- the bar

@@ -188,7 +188,7 @@ MARKER = "export.json"
 
 def _check_place(out: Path, source: Source) -> None:
     """SettingsError where writing ``out`` would take something else away."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and _own_files(out) is None)):
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and own_files(out) is None)):
         raise SettingsError(f"export: {out} is there already and is no earlier export; name another folder with --out")
     place = out.resolve()
     read = [source.found.folder, source.found.checkpoint, source.run, Path(source.place), source.start_lora]
@@ -206,7 +206,7 @@ def _is_checkpoint(folder: Path) -> bool:
     return folder.name.startswith("checkpoint-") and (folder / MANIFEST).is_file()
 
 
-def _own_files(folder: Path) -> set[str] | None:
+def own_files(folder: Path) -> set[str] | None:
     """The files of an earlier export in ``folder``; None where there is none, or where a model was put over it."""
     if not (folder / MARKER).is_file() or (folder / RECORD).exists():
         return None
@@ -219,7 +219,7 @@ def _own_files(folder: Path) -> set[str] | None:
 
 def _added(folder: Path) -> list[str]:
     """Files in an earlier export that it did not write. SettingsError for a link, which cannot be kept as it is."""
-    own = _own_files(folder) if folder.is_dir() else None
+    own = own_files(folder) if folder.is_dir() else None
     if own is None:
         return []
     links = [path for path in folder.rglob("*") if path.is_symlink()]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 BEST = "best.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+_DAMAGED = re.compile(r"^damaged-checkpoint-\d+$")
 _PARTIAL = ".partial-"
 _REPLACED = f"{_PARTIAL}replaced-"
 _LEFTOVER = re.compile(r"^\.(.+)\.partial-(?:\d+|replaced-\d+|removed)$")
@@ -274,7 +275,7 @@ def write_folder(target: Path, write: Callable[[Path], None], processes: Process
         try:
             return work()
         except Exception as error:
-            if not _no_space(error):
+            if not no_space(error):
                 raise
             written = sum(p.stat().st_size for p in _files(partial)) if partial.is_dir() else 0
             if team.is_main:
@@ -335,7 +336,8 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _no_space(error: BaseException) -> bool:
+def no_space(error: BaseException) -> bool:
+    """Whether a file could not be written for want of space: of the disk, a quota or a limit on files."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # safetensors writes by itself and tells the reason in words.
@@ -450,7 +452,7 @@ def resolve_checkpoint(
                 say(f"careful: {folder} is damaged: {problem}. It is {aside.name} now, and the one before it is taken")
         raise CheckpointError(
             f"resume_from_checkpoint=latest: {output_dir} has no complete checkpoint; leave the key out to start at "
-            "step 0"
+            "step 0, with --overwrite_output_dir if the folder holds an older run"
         )
     for folder in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
         if folder.is_dir():
@@ -465,6 +467,31 @@ def resolve_checkpoint(
         f"resume_from_checkpoint={resume_from_checkpoint}: no such folder. Complete checkpoints in {output_dir}: "
         f"{names}"
     )
+
+
+def never_saved(output_dir: str | Path) -> bool:
+    """Whether there is a run that ended before its first checkpoint, so that nothing is lost by beginning it again."""
+    folder = Path(output_dir)
+    saved = (folder / "model").exists() or _named(folder) or damaged(folder)
+    return (folder / "metrics.jsonl").is_file() and not saved
+
+
+def damaged(output_dir: str | Path) -> list[Path]:
+    """The checkpoints that :func:`resolve_checkpoint` has set aside."""
+    folder = Path(output_dir)
+    return sorted(p for p in folder.iterdir() if _DAMAGED.match(p.name) and p.is_dir()) if folder.is_dir() else []
+
+
+def set_aside(output_dir: str | Path) -> list[str]:
+    """What the end of a run has to say of damaged checkpoints, which no limit removes; at most one line."""
+    if not (found := damaged(output_dir)):
+        return []
+    taken = sum(p.stat().st_size for folder in found for p in _files(folder))
+    names = ", ".join(p.name for p in found)
+    return [
+        f"careful: {output_dir} still has {names} ({taken / 1e6:,.1f} MB), which nothing reads; delete what you "
+        "do not want to look into"
+    ]
 
 
 def prune(output_dir: str | Path, keep: int | None) -> None:

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from apex_fast.training.encoding import data_digest, encode_data, picture_size
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import real_guidance, unused_guidance
 from apex_fast.training.interrupt import StopRequest
+from apex_fast.training.locks import FolderLock, hold
 from apex_fast.training.memory import during, release
 from apex_fast.training.models import fingerprint
 from apex_fast.training.optimizers import make_optimizer, set_rates, step_unless
@@ -94,7 +96,8 @@ class Trainer:
         """Builds everything and, with ``resume_from_checkpoint``, restores it.
 
         Raises:
-            SettingsError: the output folder holds another run, or a key does not fit the machine.
+            SettingsError: the output folder holds another run, another process writes into it, or a key does not fit
+                the machine.
             CheckpointError: nothing to resume from, or it does not fit.
         """
         self.config, self.callbacks, self.label = config, list(callbacks), label
@@ -113,7 +116,20 @@ class Trainer:
         if self.processes.world > 1:
             check_spreading(config, self.processes)
         self.step = 0
-        resume = None
+        self._lock: FolderLock | None = None
+        # Whether "latest" found a run that ended before its first checkpoint.
+        self._begins_again = False
+        try:
+            self._build()
+        except BaseException:
+            self._release_folder()
+            raise
+
+    # ---- set-up
+
+    def _build(self) -> None:
+        """All of the set-up but the launch."""
+        config, resume = self.config, None
         if (found := self.processes.on_main(self._prepare_folder)) is not None:
             resume = Path(found)
         # All of them, although only torch's is used here: a text encoder or a later data set may draw from the others.
@@ -214,13 +230,14 @@ class Trainer:
         if resume is not None:
             with during("restoring the checkpoint"):
                 self._changed = state.restore(self, resume)
+            self._notes += [] if self.average is None else self.average.notes
             self._notes += state.changed_data(self, resume)
         else:
             if config.probe and asks_the_shifted_branch(config):
                 with during("probing the shift"):
                     check_visibility(self)
             # Now that nothing of the config was refused.
-            self.processes.on_main(lambda: state.claim_folder(config))
+            self.processes.on_main(lambda: None if self._begins_again else state.claim_folder(config))
         if self.processes.sharded:
             with during("the first pass of the sharded model"):
                 self._prime()
@@ -228,13 +245,30 @@ class Trainer:
         if resume is None:
             state.own_random_states(self)
 
-    # ---- set-up
+    def _hold_folder(self) -> None:
+        """Keeps other processes out of the folder until the run ends, this trainer is gone or another one of this
+        process takes the folder; in the main process."""
+        if self._lock is None or not self._lock.held:
+            self._lock = hold(self.output_dir, self._say)
+            weakref.finalize(self, self._lock.release)
+
+    def _release_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _prepare_folder(self) -> str | None:
         """Puts the folder of the run in order and returns the checkpoint to resume from; in the main process."""
         config, resume = self.config, None
+        # Before anything in it is moved or removed.
+        self._hold_folder()
         if config.resume_from_checkpoint is not None:
             checkpoints.restore_replaced(self.output_dir)
+            self._begins_again = config.resume_from_checkpoint == "latest" and checkpoints.never_saved(self.output_dir)
+        if self._begins_again:
+            self._say(
+                f"careful: the run in {self.output_dir} ended before its first checkpoint: it begins at step 0 again"
+            )
+        elif config.resume_from_checkpoint is not None:
             resume = checkpoints.resolve_checkpoint(config.resume_from_checkpoint, self.output_dir, self._say)
         else:
             state.claim_folder(config, delete=False)
@@ -274,6 +308,7 @@ class Trainer:
         until: an earlier step to stop at, as if interrupted there; schedules stay those of the whole run."""
         config, begun = self.config, time.monotonic()
         last = config.max_train_steps if until is None else min(until, config.max_train_steps)
+        self.processes.on_main(self._hold_folder)
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_yaml(
@@ -285,7 +320,7 @@ class Trainer:
         metrics: MetricsFile | NoMetrics = NoMetrics()
         board = None
         if self.is_main:
-            metrics = MetricsFile(self.output_dir / "metrics.jsonl", keep_until=self.step)
+            metrics = MetricsFile(self.output_dir / "metrics.jsonl", keep_until=self.step, say=console.say)
             settings = as_mapping(config)
             if isinstance(config.dataset_name, str):
                 # Users and queries of a URL stay here.
@@ -295,6 +330,7 @@ class Trainer:
         if self.is_main:
             environment.note(self)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._release_folder)
             stack.enter_context(lost_processes())
             stack.callback(metrics.close)
             stack.callback(console.close)
@@ -362,6 +398,8 @@ class Trainer:
                     stop.agree(self.processes.largest)
             finished = self.step >= config.max_train_steps
             path = self.save()
+            for line in checkpoints.set_aside(self.output_dir):
+                console.say(line)
             if finished:
                 self.export()
                 console.say(f"finished at step {self.step}; the model is in {self.output_dir / MODEL_FOLDER}")
@@ -584,11 +622,14 @@ class Trainer:
         set_rates(self.optimizer, config, self._rate_factor(self.step))
         skip = self.alarms.judge(self._grad_norm)
         with self.timer.role(OPTIMIZER):
-            if self._step_optimizer(skip):
+            stepped = self._step_optimizer(skip)
+            if stepped is not False:
                 self.objective.watch_gradient_norm(self._grad_norm, step=self.step)
+                # Where only the device knows whether the weights moved, it decides on their averages too.
+                left_out = skip if stepped is None else None
                 if self.average is not None:
-                    self.average.update()
-                self.velocities.update_ema()
+                    self.average.update(left_out)
+                self.velocities.update_ema(left_out)
             else:
                 self._grad_norm = None
             self.optimizer.zero_grad(set_to_none=True)
@@ -626,17 +667,12 @@ class Trainer:
         if isinstance(self.objective, ApexObjective):
             self.objective.correction_factor = self.alarms.correction_factor
 
-    def _step_optimizer(self, skip: Tensor | None) -> bool:
-        """A step unless ``skip``. Whether the loss scaler let the optimizer step: under fp16 a step is left out where
-        the scaled loss has overflown, and the scale is halved. That is decided on the host; without a scaler nothing is
-        waited for."""
-        if self.scaler is None:
-            step_unless(self.optimizer, skip)
-            return True
-        before = self.scaler.get_scale()
-        step_unless(self.optimizer, skip, self.scaler)
-        stepped = self.scaler.get_scale() >= before
-        self.skipped_steps += not stepped
+    def _step_optimizer(self, skip: Tensor | None) -> bool | None:
+        """A step unless ``skip``. Whether there was one; None where only the device knows. Under fp16 a step is left
+        out as well where the scaled loss has overflown, and the scale is halved; the host knows of all of them then,
+        and counts them here rather than in the alarms."""
+        stepped = step_unless(self.optimizer, skip, self.scaler)
+        self.skipped_steps += self.scaler is not None and not stepped
         return stepped
 
     def _drawn(self, x: Tensor) -> dict[str, Any]:

@@ -319,6 +319,11 @@ def start(
         device=accelerator.device if launched else chosen,
         accelerator=accelerator,
     )
+    if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        made.notes.append(
+            "SIGTERM to the launcher kills its processes after 30 s; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds "
+            "that a step and a checkpoint take"
+        )
     if made.world == 1:
         if sharding is not None:
             made.notes.append("distributed: fsdp2, but there is one process: nothing is sharded")

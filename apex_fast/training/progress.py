@@ -9,21 +9,25 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
 from apex_fast.extras import require
+from apex_fast.training.checkpoint import no_space
 from apex_fast.training.phases import duration
 
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, each with ``step``. Lines of steps after ``keep_until`` (a resumed run
-    repeats them) are dropped on opening."""
+    repeats them) are dropped on opening.
 
-    def __init__(self, path: Path, *, keep_until: int) -> None:
+    A line for which there is no space is left out, which ``say`` (standard error if None) is told once: the run goes on
+    to its next checkpoint, which tells what it needs."""
+
+    def __init__(self, path: Path, *, keep_until: int, say: Callable[[str], None] | None = None) -> None:
         kept: list[str] = []
         if path.is_file() and keep_until > 0:
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -35,13 +39,37 @@ class MetricsFile:
         temporary = path.with_name(path.name + ".new")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: what could not be written must not come back at the next line, or at the end.
+        self._file = path.open("ab", buffering=0)
+        self._path, self._say, self._told = path, say, False
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; null stands for a number that is not finite, which JSON does not know."""
         told = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, **told}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **told}) + "\n").encode()
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            if not no_space(error):
+                raise
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)  # no half line, to which the next one would be added
+            self._tell(step, error)
+
+    def _tell(self, step: int, error: OSError) -> None:
+        if self._told:
+            return
+        self._told = True
+        line = (
+            f"careful: step {step}: {self._path} could not be written ({error.strerror}); lines are left out until "
+            "there is space again. The next checkpoint needs space too"
+        )
+        if self._say is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._say(line)
 
     def close(self) -> None:
         self._file.close()

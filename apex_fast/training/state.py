@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,7 +243,7 @@ def _shown(value: Any) -> str:
 
 def claim_folder(config: TrainConfig, *, delete: bool = True) -> None:
     """Makes sure that a new run does not mix its files with an older one's: with ``overwrite_output_dir`` the older
-    run is deleted, otherwise SettingsError says what there is.
+    run is deleted, with what was exported and drawn of it, otherwise SettingsError says what there is.
 
     delete: False only checks, for a run that may still be refused for another reason.
     """
@@ -256,8 +258,44 @@ def claim_folder(config: TrainConfig, *, delete: bool = True) -> None:
             f"output_dir: {folder} already holds a run ({old[-1].name}). Go on with it by --resume_from_checkpoint "
             "latest, start over with --overwrite_output_dir, or write another output_dir"
         )
-    for path in [*old, folder / checkpoints.BEST, folder / "samples", folder / "tensorboard"] if delete else ():
+    if not delete:
+        return
+    runs_own = [folder / name for name in (checkpoints.BEST, "samples", "tensorboard", "wandb_run_id")]
+    for path in [*old, *runs_own, *checkpoints.damaged(folder), *_written_of(folder)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    for place in (folder / "export", folder / "generated"):
+        _remove_empty(place)
+
+
+_PICTURE = re.compile(r"^[a-z0-9-]+-\d+-steps?-seed-\d+\.png$")
+"""Names of :func:`apex_fast.generate.picture_path`."""
+
+
+def _written_of(folder: Path) -> list[Path]:
+    """Files that other commands of this library have made of a run and left in its folder: exports, pictures and the
+    page. What else lies there is somebody's own."""
+    from apex_fast.export.command import own_files
+
+    found = []
+    for out in sorted((folder / "export").glob("*")):
+        own = own_files(out) or set() if out.is_dir() and not out.is_symlink() else set()
+        inside = out.resolve()
+        found += [out / name for name in sorted(own) if inside in (out / name).resolve().parents]
+    found += [path for path in sorted((folder / "generated").glob("*.png")) if _PICTURE.match(path.name)]
+    page = folder / "report.html"
+    if page.is_file() and ": apex_fast run</title>" in page.read_text(encoding="utf-8", errors="replace"):
+        found.append(page)
+    return [path for path in found if path.is_file()]
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes ``folder`` and the folders inside that hold no file."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for inside in folder.iterdir():
+        _remove_empty(inside)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
