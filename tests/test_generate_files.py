@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import shutil
@@ -44,7 +45,7 @@ def generate(model: Path | str, *more: str) -> int:
     return main(["generate", str(model), "--prompts", "prompts.txt", "--device", "cpu", *more])
 
 
-def values(path: Path | str) -> Tensor:
+def values(path: Path | str | io.BytesIO) -> Tensor:
     import numpy as np
     from PIL import Image
 
@@ -61,6 +62,16 @@ def facts(path: Path | str) -> dict[str, Any]:
 
 def contents(folder: Path | str) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """The same files; a picture that was drawn in another batch may round to the neighbouring value."""
+    assert found.keys() == expected.keys()
+    for name, data in found.items():
+        if data != expected[name]:
+            assert name.endswith(".png"), name
+            difference = (values(io.BytesIO(data)) - values(io.BytesIO(expected[name]))).abs()
+            assert difference.max() <= 1, name
 
 
 # ---- what is drawn
@@ -148,7 +159,7 @@ def test_a_stopped_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "3 of 6 pictures are there already" in (error := capsys.readouterr().err)
     assert "3 pictures in 1 step" in error and "(3 more were there)" in error
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    assert contents("out") == contents("whole")
+    assert_same(contents("out"), contents("whole"))
 
 
 @pytest.mark.parametrize("kept", [0, 40, 400, -1, None])
@@ -162,7 +173,7 @@ def test_a_damaged_picture_is_drawn_again(run: Path, kept: int | None) -> None:
         data[len(data) // 2] ^= 16
     path.write_bytes(data[:kept])
     assert generate(run, "--n", "1", "--out", "out") == 0
-    assert contents("out") == before
+    assert_same(contents("out"), before)
 
 
 @pytest.mark.parametrize(
@@ -319,23 +330,23 @@ def test_geneval(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     Path("out/00000/grid.png").unlink()
     Path("out/00000/metadata.jsonl").unlink()
     assert main([*words, "--out", "out"]) == 0
-    assert contents("out") == before
+    assert_same(contents("out"), before)
     # a grid that is damaged, or of another number of pictures
     Path("out/00001/grid.png").write_bytes(before["00001/grid.png"][:200])
     assert main([*words, "--out", "out"]) == 0
-    assert contents("out") == before
+    assert_same(contents("out"), before)
     Path("one.jsonl").write_text(json.dumps(lines[0]) + "\n")
     one = ["generate", str(run), "--prompts", "one.jsonl", "--layout", "geneval", "--device", "cpu", "--out", "grown"]
     for number, size in ((1, 32), (2, 64), (4, 64)):
         assert main([*one, "--n", str(number)]) == 0
         assert values("grown/00000/grid.png").shape[1] == size
-    assert Path("grown/00000/grid.png").read_bytes() == Path("out/00000/grid.png").read_bytes()
+    assert (values("grown/00000/grid.png") - values("out/00000/grid.png")).abs().max() <= 1
     # two damaged pictures: the grid waits for both
     for name in ("00000", "00003"):
         Path(f"out/00000/samples/{name}.png").write_bytes(b"half")
     Path("out/00000/grid.png").unlink()
     assert main([*words, "--out", "out"]) == 0
-    assert contents("out") == before
+    assert_same(contents("out"), before)
     # a prompt that is not asked for any more, and a picture too many, would be scored
     capsys.readouterr()
     assert main([*one[:-1], "out"]) == 2
@@ -344,7 +355,7 @@ def test_geneval(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*words, "--out", "out"]) == 2
     assert "out/00001/samples/00004.png belongs to none" in capsys.readouterr().err
     Path("out/00001/samples/00004.png").unlink()
-    assert contents("out") == before
+    assert_same(contents("out"), before)
     # prompts without what it scores by
     capsys.readouterr()
     assert generate(run, "--layout", "geneval", "--out", "other") == 2
@@ -377,7 +388,8 @@ def test_dpg(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("dpg/12.png").unlink()
     capsys.readouterr()
     assert main([*words, "--layout", "dpg", "--out", "dpg"]) == 0
-    assert "4 pictures in 1 step" in capsys.readouterr().err and contents("dpg") == before
+    assert "4 pictures in 1 step" in capsys.readouterr().err
+    assert_same(contents("dpg"), before)
     Path("dpg/results.txt").write_text("0.8")
     assert main([*words, "--layout", "dpg", "--out", "dpg"]) == 2
     assert "dpg/results.txt belongs to none" in capsys.readouterr().err
