@@ -268,3 +268,15 @@ def test_errors_of_the_user_are_lines_and_others_are_not(
     monkeypatch.setitem(doctor._CHECKS, "ops", bug)
     with pytest.raises(AttributeError):
         checks(model, tmp_path, probe=False)
+
+
+def test_looking_at_the_disk_moves_nothing(model: Path, tmp_path: Path) -> None:
+    """What a killed save has set aside is put back by the run, not by who only looks."""
+    from apex_fast.training.state import claim_folder
+
+    run = tmp_path / "run"
+    aside = run / ".checkpoint-5.partial-replaced-1"
+    aside.mkdir(parents=True)
+    (aside / "trainer.json").write_text("{}")
+    claim_folder(load_config(None, words(model, tmp_path, "--output_dir", str(run))), delete=False)
+    assert [p.name for p in run.iterdir()] == [aside.name]

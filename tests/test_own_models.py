@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import TRANSFORMER
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'apex_fast[train]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'apex_fast[train]'")
@@ -29,20 +30,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "digits_qwen_start.yaml"
 TEXT_ENCODER = {"d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1, "d_ff": 16, "dropout_rate": 0.0}
 PROMPTS = ["a handwritten seven", "the digit 7", "the number three, written by hand"]
 
-SANA = {
-    "in_channels": 1,
-    "out_channels": 1,
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_layers": 1,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 8,
-    "cross_attention_dim": 16,
-    "caption_channels": 16,
-    "interpolation_scale": 1,
-}
+SANA = {key: value for key, value in TRANSFORMER.items() if key not in ("mlp_ratio", "dropout")}
 QWEN_IMAGE = {
     "in_channels": 4,
     "out_channels": 1,

@@ -334,8 +334,8 @@ class CheckLine:
         if (row.site, row.scale, row.bias) == DEFAULT:
             choose = "another shift.site or a larger shift.bias"
         raise SettingsError(
-            f"shift: {what} is invisible to this network ({self.reason}), so the shifted branch would have nothing to "
-            f"say; choose {choose} (`apex-fast probe` measures what this model sees), or {instead}"
+            f"shift: {what} is invisible to this network ({self.reason}), so the shift would do nothing; "
+            f"choose {choose} (`apex-fast probe` measures what this model sees), or {instead}"
         )
 
 

@@ -261,8 +261,8 @@ class Trainer:
         config, resume = self.config, None
         # Before anything in it is moved or removed.
         self._hold_folder()
+        checkpoints.restore_replaced(self.output_dir)
         if config.resume_from_checkpoint is not None:
-            checkpoints.restore_replaced(self.output_dir)
             self._begins_again = config.resume_from_checkpoint == "latest" and checkpoints.never_saved(self.output_dir)
         if self._begins_again:
             self._say(

@@ -245,11 +245,13 @@ def claim_folder(config: TrainConfig, *, delete: bool = True) -> None:
     """Makes sure that a new run does not mix its files with an older one's: with ``overwrite_output_dir`` the older
     run is deleted, with what was exported and drawn of it, otherwise SettingsError says what there is.
 
-    delete: False only checks, for a run that may still be refused for another reason.
+    delete: False only checks and writes nothing, for a run that may still be refused for another reason.
     """
     folder = Path(config.output_dir)
-    checkpoints.restore_replaced(folder)
-    old = [p for p in (folder / "metrics.jsonl", folder / MODEL_FOLDER) if p.exists()]
+    if delete:
+        checkpoints.restore_replaced(folder)
+    model = folder / MODEL_FOLDER
+    old = [p for p in (folder / "metrics.jsonl", model) if p.exists() or checkpoints.replaced(p) is not None]
     old += checkpoints.checkpoints(folder)
     if not old:
         return

@@ -16,6 +16,20 @@ from apex_fast.planning.published import PUBLISHED
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What to run. ``only``: networks whose name contains this."""
+
+    dtype: str
+    device: str = "cpu"
+    quick: bool = False
+    only: str = ""
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.quick else 5
+
+
+@dataclass(frozen=True)
 class Network:
     """A transformer and the batches that it is measured with.
 

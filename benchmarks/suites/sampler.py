@@ -22,26 +22,12 @@ from apex_fast.velocities import Guide, Velocity
 from ..allocator import release
 from ..report import Row, SuiteResult, add_ratios
 from ..timing import interleave
-from .networks import Network, networks
+from .networks import Network, Settings, networks
 from .ops_cases import DTYPES, TOLERANCE
 
 STEPS = (1, 2, 4, 50)
 MODES = ("unguided", "guided")
 SCALE = 4.5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run. ``only``: networks whose name contains this."""
-
-    dtype: str
-    device: str = "cpu"
-    quick: bool = False
-    only: str = ""
-
-    @property
-    def rounds(self) -> int:
-        return 2 if self.quick else 5
 
 
 def run_suite(settings: Settings, header: dict[str, Any]) -> SuiteResult:

@@ -42,26 +42,12 @@ from apex_fast.passes import Passes, step_passes
 from ..allocator import release, touch
 from ..report import Row, SuiteResult
 from ..timing import interleave, peak_extra_bytes
-from .networks import Network, networks
+from .networks import Network, Settings, networks
 from .ops_cases import DTYPES
 
 SCHEDULES = ("joint", "retain", "sequential")
 #: Largest relative distance of two gradients that are the same but for the order of their sums.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.05}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run. ``only``: networks whose name contains this."""
-
-    dtype: str
-    device: str = "cpu"
-    quick: bool = False
-    only: str = ""
-
-    @property
-    def rounds(self) -> int:
-        return 2 if self.quick else 5
 
 
 @dataclass
