@@ -20,6 +20,9 @@ class Draws:
         t_query: ``[B]``, its time.
         z_sup: ``[B, ...]``, noise of the flow-matching term on data (Eq. 20); None where that term is off.
         t_sup: ``[B]``, its time; None with it.
+        z_consistency, t_consistency: ``[B, ...]`` and ``[B]``, noise and time of the consistency term; None where that
+            is off.
+        z_mix, t_mix: ``[B, ...]`` and ``[B]``, noise and time of L_mix beside the correction; None where that is off.
     """
 
     z: Tensor
@@ -28,6 +31,10 @@ class Draws:
     t_query: Tensor
     z_sup: Tensor | None = None
     t_sup: Tensor | None = None
+    z_consistency: Tensor | None = None
+    t_consistency: Tensor | None = None
+    z_mix: Tensor | None = None
+    t_mix: Tensor | None = None
 
 
 def state_dtype(x: Tensor) -> torch.dtype:

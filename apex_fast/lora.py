@@ -6,6 +6,9 @@ copy of it (``"ema"``), or with the same. A role change sets two attributes of e
 one call; nothing is copied, moved, merged or frozen by it, and what is active at rest is what the generator uses, so
 that the backbone itself, or a DistributedDataParallel around it, is the generator.
 
+The shifted branch may have an adapter of its own, ``"shifted"``. L_fake then trains that one alone, as DMD2 trains a
+fake score beside the generator, but on the one base; it is kept in checkpoints and is no part of what is saved.
+
 Two things that go wrong elsewhere are held here. peft's own switches (``set_adapter``, ``disable_adapters``) also turn
 ``requires_grad`` of the adapters on and off, which would take parameters from an optimizer's or a DDP bucket's sight in
 mid-step; these switches do not. And a block that is recomputed in backward runs with the adapters that its forward had,
@@ -31,9 +34,11 @@ from apex_fast.parts import whole
 from apex_fast.velocities import Velocities, Velocity
 
 GENERATOR = "default"
-"""Adapter of the generator and the shifted branch: the one that is trained."""
+"""Adapter of the generator and, unless it has one of its own, the shifted branch: what is trained and saved."""
 EMA = "ema"
 """Adapter of an averaged real branch."""
+SHIFTED = "shifted"
+"""Adapter of a shifted branch that does not share the generator's."""
 START = "start"
 """Adapter that the run starts from and leaves as it is, active in every role."""
 
@@ -162,7 +167,12 @@ class LoraVelocities(Velocities):
     """The roles of a backbone with adapters; made by :func:`lora_velocities`."""
 
     def __init__(
-        self, backbone: Backbone, call: Velocity, real: Literal["frozen", "ema", "live"], ema_decay: float
+        self,
+        backbone: Backbone,
+        call: Velocity,
+        real: Literal["frozen", "ema", "live"],
+        ema_decay: float,
+        shifted_adapter: bool = False,
     ) -> None:
         transformer = backbone.transformer
         self.switch = AdapterSwitch(transformer)
@@ -173,8 +183,16 @@ class LoraVelocities(Velocities):
         names = {"frozen": start, "ema": (*start, EMA), "live": (*start, GENERATOR)}[real]
         if real == "ema" and EMA not in transformer.peft_config:
             _add(backbone, _config_like(transformer.peft_config[GENERATOR]), EMA)
+        self.shifted_adapter = shifted_adapter
+        if shifted_adapter and SHIFTED not in transformer.peft_config:
+            _add_shifted(backbone)
         dropouts = [m for m in transformer.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        super().__init__(call, real=None if real == "live" else AdapterRole(call, self.switch, names, dropouts))
+        super().__init__(
+            call,
+            shifted=AdapterRole(call, self.switch, (*start, SHIFTED)) if shifted_adapter else None,
+            real=None if real == "live" else AdapterRole(call, self.switch, names, dropouts),
+        )
+        self.switch.activate((*start, GENERATOR))
         # By name, with the exact sum where the adapter itself is kept in half precision.
         self._exact: dict[str, Tensor] = {}
         self._transformer = transformer
@@ -206,11 +224,23 @@ class LoraVelocities(Velocities):
             if name in self._exact:
                 average.copy_(exact)
 
+    @property
+    def changes(self) -> bool:
+        """Whether a checkpoint has to keep :meth:`state_dict`: an average, or the shifted branch's own adapter."""
+        return self.has_ema or self.shifted_adapter
+
+    def shifted_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters of the shifted branch alone; none where it shares the generator's adapter."""
+        return list(_adapter(self._transformer, SHIFTED).values()) if self.shifted_adapter else []
+
     def _own_state(self) -> dict[str, Tensor]:
-        if self._ema_decay is None:
-            return {}
-        averages = _adapter(self._transformer, EMA)
-        return {name: self._exact.get(name, average.data) for name, average in averages.items()}
+        state: dict[str, Tensor] = {}
+        if self._ema_decay is not None:
+            averages = _adapter(self._transformer, EMA)
+            state = {name: self._exact.get(name, average.data) for name, average in averages.items()}
+        if self.shifted_adapter:
+            state |= {f"{SHIFTED}.{name}": p for name, p in _adapter(self._transformer, SHIFTED).items()}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Any) -> None:
@@ -272,12 +302,26 @@ def add_lora(backbone: Backbone, settings: LoraSettings, *, seed: int | None = N
         parameter.requires_grad_(True)
 
 
+@torch.no_grad()
+def _add_shifted(backbone: Backbone) -> None:
+    """An adapter of the shifted branch's own, at first equal to the generator's: the branch begins where the one that
+    shares it would, and no random number is drawn that a run without it does not draw."""
+    transformer = backbone.transformer
+    with torch.random.fork_rng(devices=[]):
+        _add(backbone, _config_like(transformer.peft_config[GENERATOR]), SHIFTED)
+    sources = _adapter(transformer, GENERATOR)
+    for name, parameter in _adapter(transformer, SHIFTED).items():
+        parameter.data = sources[name].detach().clone()
+        parameter.requires_grad_(True)
+
+
 def lora_velocities(
     backbone: Backbone,
     real: Literal["frozen", "ema", "live"] = "frozen",
     *,
     ema_decay: float = 0.98,
     call: Velocity | None = None,
+    shifted_adapter: bool = False,
 ) -> LoraVelocities:
     """The roles of a backbone that :func:`add_lora` was called on; no weights of the base are copied.
 
@@ -286,6 +330,9 @@ def lora_velocities(
             adapter that follows the trained one by exponential moving average. ``"live"``: the trained one.
         ema_decay: share of the old average that an update keeps, for ``"ema"``.
         call: what runs the network, such as the backbone under autocast; None is the backbone itself.
+        shifted_adapter: give the shifted branch an adapter of its own, of the generator's kind and at first equal to
+            it: L_fake then trains that one alone and the correction the generator's alone. One more adapter in weights,
+            gradients and optimizer; the schedules ``retain`` and ``sequential`` serve it.
 
     Raises:
         ValueError: no adapter to train, unknown ``real``, or a decay outside [0, 1].
@@ -296,7 +343,42 @@ def lora_velocities(
         raise ValueError(f'lora_velocities: real must be "frozen", "ema" or "live", got {real!r}')
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"lora_velocities: ema_decay must lie in [0, 1], got {ema_decay}")
-    return LoraVelocities(backbone, backbone if call is None else call, real, ema_decay)
+    return LoraVelocities(backbone, backbone if call is None else call, real, ema_decay, shifted_adapter)
+
+
+def add_another(
+    backbone: Backbone, name: str, *, rank: int | None = None, seed: int | None = None
+) -> dict[str, nn.Parameter]:
+    """Adds a further adapter, without effect at first: of the kind of the one that is trained and on the same layers,
+    but without dropout. It is active afterwards, and asks for no gradients.
+
+    Args:
+        name: of the adapter.
+        rank: of its factors, with a scale of 1; None is the trained one's, with its scale.
+        seed: of its weights; None draws from the global random state.
+
+    Returns:
+        Its parameters, fp32, under names that are the same for every adapter.
+
+    Raises:
+        ValueError: there is no adapter to be like, or one of that name already.
+    """
+    transformer = backbone.transformer
+    if GENERATOR not in getattr(transformer, "peft_config", {}) or name in transformer.peft_config:
+        raise ValueError(f'add_another: the model needs an adapter "{GENERATOR}" (add_lora) and none named "{name}"')
+    config = _config_like(transformer.peft_config[GENERATOR])
+    config.lora_dropout = 0.0
+    if rank is not None:
+        config.r = config.lora_alpha = rank
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        _add(backbone, config, name)
+    parameters = _adapter(transformer, name)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.float()
+    return parameters
 
 
 def load_start_lora(

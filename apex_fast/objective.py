@@ -14,7 +14,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal, SupportsIndex
 
 import torch
@@ -27,6 +27,7 @@ from .finite import GRADIENT_NORM, FiniteWatch
 from .path import TimeDistribution
 from .roles import StepInputs, Terms
 from .velocities import Velocities, Velocity
+from .weighting import mean_time_factor, time_factor
 
 Schedule = Literal["joint", "retain", "sequential"]
 Phase = Literal["warm-up", "ramp", "full"]
@@ -39,8 +40,9 @@ class Losses:
     Attributes:
         total: 0-d, the weighted sum of the terms' means; differentiable from ``objective(...)``, without history from
             ``backward``.
-        fake, correction, supervised, mix: ``[B]`` without history, fp32 (fp64 for fp64 data), unweighted; None where
-            the loss or its weights leave the term out. ``mix`` (paper only) includes its factor t (1 - t).
+        fake, correction, supervised, consistency, mix: ``[B]`` without history, fp32 (fp64 for fp64 data), unweighted
+            (``correction`` without its weight per sample, too); None where the loss, its weights or the step leave the
+            term out. ``mix`` includes its factor t (1 - t).
         metrics: 0-d tensors on the device of x; reading them is the caller's host synchronisation, making them is none.
         phase: ``"warm-up"`` (the correction is measured but has no weight yet), ``"ramp"`` or ``"full"``.
     """
@@ -52,6 +54,7 @@ class Losses:
     mix: Tensor | None
     metrics: dict[str, Tensor]
     phase: Phase
+    consistency: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -68,7 +71,24 @@ class ApexObjective:
             branch uncalled.
         supervised_weight: weight of flow matching on data (Eq. 20). It keeps a live real branch honest, and keeps 2 to
             50 steps working.
-        clip: bound on every element of the correction, in units of velocity; None is off.
+        clip: bound on the correction dv = v_shift - v_real, in units of velocity; None is off.
+        clip_mode: ``"element"``: every element of dv is clamped to [-clip, clip]. ``"norm"``: dv of a sample is scaled
+            down to a root mean square of ``clip`` where that is above it; its direction stays, and a few large elements
+            shrink all the others.
+        correction_weighting: what the bounded dv of a sample is multiplied by. ``"constant"``: 1. ``"dmd"``:
+            1 / mean |v_real - (z' - x_fake)|, at most 1000, v_real guided as everywhere. It is the normaliser of DMD
+            (arXiv 2311.18828, Eq. 8; kept by DMD2, arXiv 2405.14867), where the difference of the two endpoints is
+            divided by the mean absolute distance of x_fake to the real one; both carry a factor t, which cancels.
+            ``"time"``: s (1 - t)^2 / (2 t) over its mean over generator_times and fake_times, so that
+            correction_weight keeps its meaning: without a clip the direction of the gradient of KL(p_theta,t || q_t) to
+            the letter. It is not bounded: under the default times the largest weight is 18.8, and a lower end of
+            fake_times nearer to 0 makes it larger. Means of 0 and infinity are refused.
+        generator_every: the generator learns from the correction in the last of every so many steps. In the others
+            L_fake (and L_sup, L_mix and the consistency term) train alone: the correction's real branch is not asked,
+            the generator's sample has no graph, and there are no metrics of the correction. Weights are not scaled up
+            for it. Logged every ``generator_every`` steps, or a multiple, every line has the correction's metrics.
+        supervised_every: L_sup is trained in the last of every so many steps; the others do without its pass. Not
+            scaled up either: supervised_weight is its weight in the steps that have it.
         guidance_scale: classifier-free guidance of the real branch, ``v_uncond + g (v_real - v_uncond)``; other than 1
             it needs ``negative_condition`` in the call, and doubles the batch of the real pass.
 
@@ -78,6 +98,20 @@ class ApexObjective:
         fake_times: distribution of t at which shifted and real branch are asked (Eq. 12 and 13).
         supervised_times: distribution of t of the data term. It must stay away from 1, where flow matching asks for the
             mean of the data and fights the one-step generator.
+
+        consistency_weight: weight of the consistency term, for sampling in a few steps that jump to the endpoint
+            (re-noise): at data points x_s, ``mean |F(x_s, s, c) - (x_s - e_r) / s|^2`` with e_r the generator's own
+            endpoint, under a stop-gradient, from x_r = x_s - (s - r) v_real(x_s, s, c), a later point of the real
+            branch's path. Consistency distillation (arXiv 2303.01469, Eq. 7) in units of velocity, without an average
+            of the target network. It asks for another velocity below t = 1 than L_sup does, the mean over the rest of
+            the path in place of that at the point, so the two pull against each other there, and Euler in several
+            steps gets worse. Costs two forwards without gradient (three where the real branch is guided), one with,
+            and one backward. 0 leaves it out.
+        consistency_times: distribution of s of that term; it must stay above 0.
+        consistency_gap: s - r in (0, 1]; r ends at 0. Small: the solver's step is exact and the target moves slowly.
+        mix_regulariser_weight: weight of L_mix (Eq. 23 and 24, with t (1 - t)) at data points beside the correction;
+            lambda is ``mix_weight``, the times are ``paper_times``. Costs a forward and a backward with gradient, and
+            the shifted branch without where lambda is above 0. 0 leaves it out.
 
         warmup_steps: steps in which the correction is measured but has weight 0, so that the shifted branch is fitted
             before its difference is believed. None: 100, or with ``total_steps`` a tenth of it, at most 150.
@@ -110,11 +144,20 @@ class ApexObjective:
     correction_weight: float = 0.5
     supervised_weight: float = 1.0
     clip: float | None = 1.0
+    clip_mode: Literal["element", "norm"] = "element"
+    correction_weighting: Literal["constant", "dmd", "time"] = "constant"
+    generator_every: int = 1
+    supervised_every: int = 1
     guidance_scale: float = 1.0
 
     generator_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("constant", value=1.0))
     fake_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("uniform", low=0.02, high=0.98))
     supervised_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("uniform", low=0.02, high=0.98))
+
+    consistency_weight: float = 0.0
+    consistency_times: TimeDistribution = field(default_factory=lambda: TimeDistribution("uniform", low=0.02))
+    consistency_gap: float = 0.1
+    mix_regulariser_weight: float = 0.0
 
     warmup_steps: int | None = None
     ramp_steps: int | None = None
@@ -135,7 +178,7 @@ class ApexObjective:
         if self.loss not in ("correction", "paper"):
             raise ValueError(f'ApexObjective: loss must be "correction" or "paper", got {self.loss!r}')
         weights = ("fake_weight", "correction_weight", "supervised_weight", "paper_fake_weight", "paper_mix_weight")
-        for name in weights:
+        for name in (*weights, "consistency_weight", "mix_regulariser_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"ApexObjective: {name} must be finite and at least 0, got {getattr(self, name)}")
         if not 0 <= self.mix_weight <= 1:
@@ -152,12 +195,66 @@ class ApexObjective:
                 raise ValueError(
                     f"ApexObjective: {name} must be a whole number of steps, at least 0, or None, got {steps!r}"
                 )
-        for name in ("generator_times", "fake_times", "supervised_times", "paper_times"):
+        for name in ("generator_times", "fake_times", "supervised_times", "consistency_times", "paper_times"):
             if not isinstance(getattr(self, name), TimeDistribution):
                 raise ValueError(
                     f"ApexObjective: {name} must be a TimeDistribution, got {type(getattr(self, name)).__name__}"
                 )
+        self._check_knobs()
+        self._mean_time_factor = 1.0
+        if self.correction_weighting == "time":
+            try:
+                self._mean_time_factor = mean_time_factor(self.generator_times, self.fake_times)
+            except ValueError as error:
+                raise ValueError(f"ApexObjective: {error}") from None
         self._set_lengths()
+
+    def _check_knobs(self) -> None:
+        """What varies the correction loss; ValueError for values out of range and for the paper loss."""
+        choices = {"clip_mode": ("element", "norm"), "correction_weighting": ("constant", "dmd", "time")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                wanted = " or ".join(f'"{choice}"' for choice in known)
+                raise ValueError(f"ApexObjective: {name} must be {wanted}, got {getattr(self, name)!r}")
+        for name in ("generator_every", "supervised_every"):
+            steps = getattr(self, name)
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"ApexObjective: {name} must be a whole number of steps, at least 1, got {steps!r}")
+        if not 0 < self.consistency_gap <= 1:
+            raise ValueError(f"ApexObjective: consistency_gap must lie in (0, 1], got {self.consistency_gap}")
+        if self.consistency_weight > 0 and self.consistency_times.reaches_zero:
+            raise ValueError(
+                "ApexObjective: consistency_times must stay above 0, where the endpoint is the sample itself; write a "
+                "lower end such as 0.02"
+            )
+        if self.loss == "paper":
+            plain = {
+                "clip_mode": "element",
+                "correction_weighting": "constant",
+                "generator_every": 1,
+                "supervised_every": 1,
+                "consistency_weight": 0,
+                "mix_regulariser_weight": 0,
+            }
+            for name, value in plain.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f'ApexObjective: {name} varies the correction loss, and loss is "paper"; leave {name} out'
+                    )
+            return
+        steps = range(math.lcm(self.generator_every, self.supervised_every))
+        always = self.fake_weight + self.consistency_weight + self.mix_regulariser_weight
+        asked = self.correction_weight + self.supervised_weight > 0
+        if asked and always == 0 and not all(self._trains(step) for step in steps):
+            raise ValueError(
+                f"ApexObjective: generator_every={self.generator_every} and supervised_every={self.supervised_every} "
+                "leave steps in which nothing is trained, for fake_weight is 0; give L_fake weight, or write 1 for one "
+                "of the two"
+            )
+
+    def _trains(self, step: int) -> bool:
+        corrects = self.correction_weight > 0 and self.generator_learns(step)
+        return corrects or (self.supervised_weight > 0 and self.supervises(step))
 
     def _set_lengths(self) -> None:
         total = self.total_steps
@@ -186,11 +283,27 @@ class ApexObjective:
 
     def correction_weight_at(self, step: int) -> float:
         """Weight of the correction at ``step``, from 0: none in the warm-up, rising over the ramp, then all of it; each
-        time ``correction_factor``."""
+        time ``correction_factor``. It has this weight in the steps in which the generator learns."""
         warmup, ramp = self.warmup_steps or 0, self.ramp_steps or 0
         if step < warmup:
             return 0.0
         return self.correction_factor * self.correction_weight * min(1.0, (step - warmup + 1) / (ramp + 1))
+
+    def generator_learns(self, step: int) -> bool:
+        """Whether ``step``, from 0, is one of those in which the correction is made, by ``generator_every``: the last
+        of every so many, so that the shifted branch has been fitted before."""
+        return (step + 1) % self.generator_every == 0
+
+    def supervises(self, step: int) -> bool:
+        """Whether ``step``, from 0, is one of those that train L_sup, by ``supervised_every``."""
+        return (step + 1) % self.supervised_every == 0
+
+    @property
+    def full_step(self) -> int:
+        """The first step at full weight of the correction in which every term is trained."""
+        settled = (self.warmup_steps or 0) + (self.ramp_steps or 0)
+        every = math.lcm(self.generator_every, self.supervised_every)
+        return settled + (-settled - 1) % every
 
     def phase(self, step: int) -> Phase:
         """The part of the run that ``step`` belongs to; without a correction it is always ``"full"``."""
@@ -205,7 +318,8 @@ class ApexObjective:
         """All random draws of a step for ``x`` ``[B, ...]``.
 
         They come from ``generator`` alone, on whichever device it lives, or without one from the global generator of
-        x's device. Noise and times are fp32, cast to fp64 for an fp64 x.
+        x's device. Noise and times are fp32, cast to fp64 for an fp64 x. Every step draws for all terms that have
+        weight, also those that it leaves out, so that ``generator_every`` and ``supervised_every`` change no draw.
         """
         dtype = state_dtype(x)
 
@@ -221,9 +335,13 @@ class ApexObjective:
             z, t = noise(), times(self.paper_times)
             return Draws(z, t, noise(), times(self.paper_times)) if self.fresh else Draws(z, t, z, t)
         draws = Draws(noise(), times(self.generator_times), noise(), times(self.fake_times))
-        if self.supervised_weight == 0:
-            return draws
-        return Draws(draws.z, draws.s, draws.z_query, draws.t_query, noise(), times(self.supervised_times))
+        if self.supervised_weight > 0:
+            draws = replace(draws, z_sup=noise(), t_sup=times(self.supervised_times))
+        if self.consistency_weight > 0:
+            draws = replace(draws, z_consistency=noise(), t_consistency=times(self.consistency_times))
+        if self.mix_regulariser_weight > 0:
+            draws = replace(draws, z_mix=noise(), t_mix=times(self.paper_times))
+        return draws
 
     def __call__(
         self,
@@ -364,7 +482,7 @@ class ApexObjective:
             )
         if draws is not None and generator is not None:
             raise ValueError("give draws or a generator, not both: the draws were made already")
-        guided = self.guidance_scale != 1 and self.correction_weight > 0
+        guided = self.guidance_scale != 1 and self.correction_weight + self.consistency_weight > 0
         if guided and negative_condition is None:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} guides the real branch, which needs negative_condition=; "
@@ -393,8 +511,10 @@ class ApexObjective:
                 detach_x_fake=self.detach_x_fake,
                 **common,
             )
-        weight = self.correction_weight_at(step)
-        if self.fake_weight == 0 and weight == 0 and self.supervised_weight == 0:
+        learns = self.generator_learns(step)
+        weight = self.correction_weight_at(step) if learns else 0.0
+        supervised = self.supervised_weight if self.supervises(step) else 0.0
+        if self.fake_weight + weight + supervised + self.consistency_weight + self.mix_regulariser_weight == 0:
             raise ValueError(
                 f"nothing to train at step {step}: fake_weight and supervised_weight are 0 and the correction has no "
                 "weight "
@@ -403,15 +523,31 @@ class ApexObjective:
         return StepInputs(
             fake_weight=self.fake_weight,
             correction_weight=weight,
-            measure_correction=self.correction_weight > 0,
-            supervised_weight=self.supervised_weight,
+            measure_correction=self.correction_weight > 0 and learns,
+            supervised_weight=supervised,
+            clip_mode=self.clip_mode,
+            correction_weighting=self.correction_weighting,
+            time_weights=self._time_weights(draws),
+            consistency_weight=self.consistency_weight,
+            consistency_gap=float(self.consistency_gap),
+            mix_regulariser_weight=self.mix_regulariser_weight,
+            mix_weight=float(self.mix_weight),
             **common,
         )
+
+    def _time_weights(self, draws: Draws) -> Tensor | None:
+        if self.correction_weighting != "time":
+            return None
+        return time_factor(draws.s, draws.t_query) / self._mean_time_factor
 
     def _check_draws(self, draws: Draws, x: Tensor) -> None:
         wanted = {"z": x.shape, "z_query": x.shape, "s": x.shape[:1], "t_query": x.shape[:1]}
         if self.loss == "correction" and self.supervised_weight > 0:
             wanted.update(z_sup=x.shape, t_sup=x.shape[:1])
+        if self.consistency_weight > 0:
+            wanted.update(z_consistency=x.shape, t_consistency=x.shape[:1])
+        if self.mix_regulariser_weight > 0:
+            wanted.update(z_mix=x.shape, t_mix=x.shape[:1])
         for name, shape in wanted.items():
             value = getattr(draws, name)
             if value is None or value.shape != shape or value.device != x.device:
@@ -428,6 +564,7 @@ class ApexObjective:
                 "fake": terms.fake,
                 "correction": terms.correction,
                 "supervised": terms.supervised,
+                "consistency": terms.consistency,
                 "mix": terms.mix,
             }
             means = {name: losses.mean() for name, losses in named.items() if losses is not None}
@@ -435,7 +572,16 @@ class ApexObjective:
             metrics["loss_total"] = terms.total.detach()
             metrics.update(self._metrics(inputs, terms))
         self._watch.record(step, means)
-        return Losses(terms.total, terms.fake, terms.correction, terms.supervised, terms.mix, metrics, self.phase(step))
+        return Losses(
+            terms.total,
+            terms.fake,
+            terms.correction,
+            terms.supervised,
+            terms.mix,
+            metrics,
+            self.phase(step),
+            terms.consistency,
+        )
 
     def _metrics(self, inputs: StepInputs, terms: Terms) -> dict[str, Tensor]:
         """What the loss op has counted on its way (``ops.STATS``), as batch means; no pass over the velocities, no

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ def step_passes(
     correction: bool | Literal["measured"] = True,
     supervised: bool = True,
     fake: bool = True,
+    consistency: bool = False,
+    mix: bool = False,
+    mixes_shifted: bool = True,
     guided: bool = False,
     checkpointing: bool = False,
 ) -> Passes:
@@ -49,7 +53,8 @@ def step_passes(
         schedule: as in :meth:`apex_fast.ApexObjective.backward`.
         correction: whether the correction has weight; ``"measured"`` is the warm-up, in which the real branch is asked
             and nothing is trained by it.
-        supervised, fake: whether those terms have weight.
+        supervised, fake, consistency, mix: whether those terms have weight.
+        mixes_shifted: whether lambda of Eq. 24 is above 0, so that ``mix`` asks the shifted branch.
         guided: whether the real branch is guided, which takes a second, unconditional forward.
         checkpointing: whether every forward with a graph runs again in backward.
 
@@ -59,9 +64,9 @@ def step_passes(
     if schedule not in ("joint", "retain", "sequential"):
         raise ValueError(f'schedule must be "joint", "retain" or "sequential", got {schedule!r}')
     corrects, measures = correction is True, bool(correction)
-    trained = corrects + fake + supervised
+    trained = corrects + fake + supervised + consistency + mix
     if trained == 0:
-        raise ValueError("nothing is trained: correction, supervised and fake are all off")
+        raise ValueError("nothing is trained: correction, fake, supervised, consistency and mix are all off")
     adversarial = fake or measures
     without = 0
     if adversarial:
@@ -69,7 +74,47 @@ def step_passes(
         without += 0 if schedule == "retain" and corrects else 1
         without += (1 + guided) if measures else 0
         without += 0 if fake else 1  # the shifted branch is read although it is not fitted
+    without += (2 + guided) if consistency else 0  # the solver's step, and the endpoint behind it
+    without += 1 if mix and mixes_shifted else 0
     return Passes(without, trained, trained, trained if checkpointing else 0)
+
+
+def objective_passes(
+    objective: Any, schedule: str, *, guided: bool = False, checkpointing: bool = False, step: int | None = None
+) -> Passes:
+    """Passes of a step at full weight of the correction, read off the fields of an objective.
+
+    Args:
+        objective: an :class:`apex_fast.ApexObjective` of the ``correction`` loss, or settings with its fields.
+        schedule, guided, checkpointing: as in :func:`step_passes`.
+        step: index of the step, for ``generator_every`` and ``supervised_every``; None is one that trains every term.
+
+    Raises:
+        ValueError: as :func:`step_passes`.
+    """
+    every = (objective.generator_every, objective.supervised_every)
+    corrects, supervises = (step is None or (step + 1) % n == 0 for n in every)
+    return step_passes(
+        schedule,  # type: ignore[arg-type]
+        correction=objective.correction_weight > 0 and corrects,
+        supervised=objective.supervised_weight > 0 and supervises,
+        fake=objective.fake_weight > 0,
+        consistency=objective.consistency_weight > 0,
+        mix=objective.mix_regulariser_weight > 0,
+        mixes_shifted=objective.mix_weight > 0,
+        guided=guided,
+        checkpointing=checkpointing,
+    )
+
+
+def mean_forwards(objective: Any, schedule: str, *, guided: bool = False, checkpointing: bool = False) -> float:
+    """Forwards F of a step on average over the steps of ``generator_every`` and ``supervised_every``; the arguments of
+    :func:`objective_passes`."""
+    steps = range(math.lcm(objective.generator_every, objective.supervised_every))
+    found = [
+        objective_passes(objective, schedule, guided=guided, checkpointing=checkpointing, step=step) for step in steps
+    ]
+    return sum(passes.total_in_forwards for passes in found) / len(found)
 
 
 def paper_passes(

@@ -7,6 +7,7 @@ Notation of the paper (APEX, arXiv 2604.12322): t in [0, 1], t = 1 is pure noise
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,6 +104,34 @@ class TimeDistribution:
             drawn = torch.where(chosen, self.value, drawn)
         return drawn if device is None else drawn.to(device)
 
+    @property
+    def reaches_zero(self) -> bool:
+        """Whether times come as close to 0 as one likes and ``1 / t`` has no mean, or t = 0 itself is drawn."""
+        drawn = {"constant": self.value, "discrete": min(self.values, default=1.0), "uniform": self.low}
+        # A logit-normal time above 0 thins out so fast there that every power of 1 / t has a mean.
+        least = drawn.get(self.kind, 1.0 if self.high > 0 else 0.0)
+        return least == 0 or (self.constant_share > 0 and self.value == 0)
+
+    def average(self, function: Callable[[Tensor], Tensor]) -> float:
+        """Mean of ``function``, elementwise on fp64 times, over the distribution: exact for the discrete kinds, by
+        quadrature with 65,536 points for the others."""
+        points, wide = 1 << 16, torch.float64
+        if self.kind in ("constant", "discrete"):
+            times = torch.tensor(self.values or (self.value,), dtype=wide)
+            weights = torch.ones_like(times)
+        elif self.kind == "uniform":
+            times = self._placed((torch.arange(points, dtype=wide) + 0.5) / points)
+            weights = torch.ones_like(times)
+        else:
+            normal = torch.linspace(-16, 16, points, dtype=wide)
+            times = self._placed(torch.sigmoid(self.mean + self.std * normal))
+            weights = torch.exp(-normal.square() / 2)
+        result = float((function(times) * weights).sum() / weights.sum())
+        if self.constant_share == 0:
+            return result
+        constant = float(function(torch.tensor([self.value], dtype=wide)))
+        return self.constant_share * constant + (1 - self.constant_share) * result
+
     def _draw(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         if self.kind == "constant":
             return torch.full((batch,), self.value, device=device, dtype=torch.float32)
@@ -118,6 +147,9 @@ class TimeDistribution:
         else:
             normal = torch.randn(batch, generator=generator, device=device, dtype=torch.float32)
             unit = torch.sigmoid(self.mean + self.std * normal)
+        return self._placed(unit)
+
+    def _placed(self, unit: Tensor) -> Tensor:
         if self.shift != 1:
             unit = self.shift * unit / (1 + (self.shift - 1) * unit)
         return self.low + (self.high - self.low) * unit

@@ -5,6 +5,7 @@ The schedules put these parts in order; nothing here knows of steps, warm-up or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from . import ops
 from .condition import Condition, concatenate, expand_batch
 from .draws import Draws
+from .path import endpoint, per_sample
 from .velocities import Velocities, Velocity
+from .weighting import ClipMode, Weighting, clip_of_the_op
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,13 @@ class StepInputs:
     supervised_weight: float = 0.0
     guidance_scale: float = 1.0
     clip: float | None = None
-    paper_weight: float = 0.0  # of L_mix
+    clip_mode: ClipMode = "element"
+    correction_weighting: Weighting = "constant"
+    time_weights: Tensor | None = None  # [B], for "time"
+    consistency_weight: float = 0.0
+    consistency_gap: float = 0.0
+    mix_regulariser_weight: float = 0.0
+    paper_weight: float = 0.0  # of L_mix in the paper loss
     mix_weight: float = 0.0  # lambda inside L_mix
     detach_x_fake: bool = True
 
@@ -41,6 +50,11 @@ class StepInputs:
     def adversarial(self) -> bool:
         """Whether generated samples are needed at all."""
         return self.fake_weight > 0 or self.measure_correction
+
+    @property
+    def weighs_after_the_loss(self) -> bool:
+        """Whether what a sample's correction weighs follows from the statistics of the loss."""
+        return self.correction_weighting == "dmd" or (self.clip_mode == "norm" and self.clip is not None)
 
 
 class Terms:
@@ -55,15 +69,19 @@ class Terms:
         self.fake: Tensor | None = None
         self.correction: Tensor | None = None
         self.supervised: Tensor | None = None
+        self.consistency: Tensor | None = None
         self.mix: Tensor | None = None
         self.stats: Tensor | None = None
 
-    def add(self, name: str, losses: Tensor, weight: float) -> Tensor:
-        """Notes a term, adds ``weight * mean(losses)`` to the total unless weight is 0, and returns that summand."""
+    def add(self, name: str, losses: Tensor, weight: float, *, summands: Tensor | None = None) -> Tensor:
+        """Notes a term, adds ``weight * mean(losses)`` to the total unless weight is 0, and returns that summand.
+
+        summands: ``[B]``, what is averaged in place of the losses, where samples weigh differently.
+        """
         setattr(self, name, losses.detach())
         if weight == 0:
             return losses.new_zeros(())
-        term = weight * losses.mean()
+        term = weight * (losses if summands is None else summands).mean()
         self.total = term if self.total is None else self.total + term
         return term
 
@@ -136,40 +154,108 @@ def shifted(inputs: StepInputs, x_t: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def real(inputs: StepInputs, x_fake_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Velocity of the data at the generated points and, under guidance, its unconditional half; one stacked call.
+def real(inputs: StepInputs, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Velocity of the data at x_t and, under guidance, its unconditional half; one stacked call.
 
     Where the roles bring a ``guide`` of their own, the guided velocity comes back alone.
     """
     role = inputs.velocities.generator if inputs.velocities.real is None else inputs.velocities.real
-    t = inputs.draws.t_query
     if inputs.negative_condition is None:
-        return call(inputs, "real", role, x_fake_t, t, inputs.condition), None
-    negative = expand_batch(inputs.negative_condition, x_fake_t.shape[0], "negative_condition")
+        return call(inputs, "real", role, x_t, t, inputs.condition), None
+    negative = expand_batch(inputs.negative_condition, x_t.shape[0], "negative_condition")
     both = concatenate([inputs.condition, negative])
-    v_real, v_uncond = call(inputs, "real", role, torch.cat([x_fake_t, x_fake_t]), torch.cat([t, t]), both).chunk(2)
+    v_real, v_uncond = call(inputs, "real", role, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     if inputs.velocities.guide is None:
         return v_real, v_uncond
     guided = inputs.velocities.guide(v_real, v_uncond, inputs.guidance_scale)
-    return check_velocity(guided, x_fake_t, "guided"), None
+    return check_velocity(guided, x_t, "guided"), None
 
 
-def supervised_start(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, z and t of the flow-matching term on data."""
+# ---- the terms on data
+
+
+@dataclass(frozen=True)
+class DataTerm:
+    """A loss on the generator's velocity at points that are made from data.
+
+    Attributes:
+        x_t, t: where the generator is asked, with gradient, under the condition.
+        loss: its velocity there to the loss ``[B]``.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    loss: Callable[[Tensor], Tensor]
+
+    def losses(self, inputs: StepInputs) -> Tensor:
+        """``[B]``, by a call of its own."""
+        velocity = call(inputs, "generator", inputs.velocities.generator, self.x_t, self.t, inputs.condition)
+        return self.loss(trained(velocity, "generator"))
+
+
+def data_terms(inputs: StepInputs) -> list[tuple[str, float, Callable[[StepInputs], DataTerm]]]:
+    """Name, weight and maker of every term on data that has weight; making one may call the network, without
+    gradient."""
+    terms = [
+        ("supervised", inputs.supervised_weight, supervised),
+        ("consistency", inputs.consistency_weight, consistency),
+        ("mix", inputs.mix_regulariser_weight, mix),
+    ]
+    return [term for term in terms if term[1] > 0]
+
+
+def supervised(inputs: StepInputs) -> DataTerm:
+    """Flow matching (Eq. 20 without its weight t(1 - t))."""
     z, t = inputs.draws.z_sup, inputs.draws.t_sup
     assert z is not None and t is not None  # the objective checks the draws against the weights
-    return ops.interpolate(inputs.x, z, t), z, t
+    return DataTerm(ops.interpolate(inputs.x, z, t), t, lambda velocity: ops.mixed_velocity_loss(velocity, inputs.x, z))
 
 
-def supervised_loss(inputs: StepInputs) -> Tensor:
-    """Flow matching on data, ``[B]`` (Eq. 20 without its weight t(1 - t))."""
-    x_t, z, t = supervised_start(inputs)
-    velocity = call(inputs, "generator", inputs.velocities.generator, x_t, t, inputs.condition)
-    return ops.mixed_velocity_loss(trained(velocity, "generator"), inputs.x, z)
+def consistency(inputs: StepInputs) -> DataTerm:
+    """The endpoint from x_s is the endpoint from a later point r = max(s - gap, 0) of the real branch's path.
+
+    Consistency distillation (arXiv 2303.01469, Eq. 7) with the real branch, guided as everywhere, as the solver: one
+    Euler step x_r = x_s - (s - r) v_real(x_s, s), and the stopped endpoint e_r = x_r - r sg(F(x_r, r, c)). As a target
+    for the velocity that is (x_s - e_r) / s = ((s - r) v_real + r F(x_r, r)) / s, which is the first-order recursion of
+    RCGM; the squared distance of the endpoints is s^2 times that of the velocities (Prop. 3). Where r = 0 the target is
+    v_real itself.
+    """
+    z, s = inputs.draws.z_consistency, inputs.draws.t_consistency
+    assert z is not None and s is not None
+    with torch.no_grad():
+        x_s = ops.interpolate(inputs.x, z, s)
+        r = (s - inputs.consistency_gap).clamp_min(0)
+        v_real, v_uncond = real(inputs, x_s, s)
+        scale = 1.0 if v_uncond is None else inputs.guidance_scale
+        x_r = ops.sampler_step(x_s, v_real, s, r, v_uncond=v_uncond, guidance_scale=scale)
+        del v_real, v_uncond
+        later = call(inputs, "generator", inputs.velocities.generator, x_r, r, inputs.condition)
+        target = (x_s - endpoint(later.to(x_r.dtype), x_r, r)) / per_sample(s, x_s)
+    # lambda = 1: the mixed target is the given velocity alone.
+    return DataTerm(
+        x_s, s, lambda velocity: ops.mixed_velocity_loss(velocity, inputs.x, z, v_fake=target, mix_weight=1.0)
+    )
+
+
+def mix(inputs: StepInputs) -> DataTerm:
+    """L_mix with its weight t^2 / w(t) = t (1 - t) (Eq. 23 and 24, Prop. 2)."""
+    z, t = inputs.draws.z_mix, inputs.draws.t_mix
+    assert z is not None and t is not None
+    x_t, v_fake = ops.interpolate(inputs.x, z, t), None
+    if inputs.mix_weight > 0:
+        with torch.no_grad():
+            v_fake = shifted(inputs, x_t, t)
+
+    def loss(velocity: Tensor) -> Tensor:
+        mixed = ops.mixed_velocity_loss(velocity, inputs.x, z, v_fake=v_fake, mix_weight=inputs.mix_weight)
+        return t * (1 - t) * mixed
+
+    return DataTerm(x_t, t, loss)
 
 
 def loss_arguments(inputs: StepInputs, v_shift: Tensor, reals: tuple[Tensor, Tensor | None] | None):
     """``v_real`` and the options of the loss op; without a real pass v_shift stands in, whose dv is zero."""
     v_real, v_uncond = (v_shift.detach(), None) if reals is None else reals
     scale = 1.0 if v_uncond is None else inputs.guidance_scale
-    return v_real, {"v_uncond": v_uncond, "guidance_scale": scale, "clip": inputs.clip}
+    clip = clip_of_the_op(inputs.clip, inputs.clip_mode)
+    return v_real, {"v_uncond": v_uncond, "guidance_scale": scale, "clip": clip}

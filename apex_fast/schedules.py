@@ -12,6 +12,9 @@ schedule        passes                                                      grap
                 backward by its known gradient; then the data term
 ==============  ==========================================================  ===============  ==========================
 
+The data term is L_sup. The consistency term and L_mix, where they have weight, follow it in the same way, each a pass
+of its own (a part of the stacked pass in ``joint``); what they ask of the network without gradient comes right before.
+
 Each takes the step, ``backward(loss)`` and ``no_sync()``, a context for everything but the last backward, and
 accumulates gradients.
 
@@ -21,6 +24,8 @@ losses and gradients come from a single read; 5N, and v_real and the target are 
 What decides is how a gradient that is known gets into the network:
 
 * Without a ``backward`` of the caller's it is handed to the velocity as it is. One pass wins in all three schedules.
+  Where a sample's weight follows from the loss itself, the gradient is multiplied by it in place (2N more), which
+  leaves one pass ahead (:mod:`apex_fast.weighting`).
 * A caller's ``backward`` may scale the loss, by a number that only the device knows, so a known gradient has to be
   multiplied by it: 2N more for each. ``sequential``, which needs its two gradients at different times, would otherwise
   read the velocities three times (11N); one pass wins (9N). ``retain`` and ``joint`` recompute (8N against 9N).
@@ -44,20 +49,21 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .condition import Condition, concatenate
+from .path import per_sample
 from .roles import (
     StepInputs,
     Terms,
     call,
+    data_terms,
     generate,
     loss_arguments,
     query,
     real,
     shifted,
     start,
-    supervised_loss,
-    supervised_start,
     trained,
 )
+from .weighting import Weighed, weigh
 
 Backward = Callable[[Tensor], object]
 NoSync = Callable[[], AbstractContextManager]
@@ -68,8 +74,8 @@ def all_graphs(inputs: StepInputs) -> Terms:
     terms = Terms()
     if inputs.adversarial:
         _recomputed(inputs, terms, _both_graphs(inputs))
-    if inputs.supervised_weight > 0:
-        terms.add("supervised", supervised_loss(inputs), inputs.supervised_weight)
+    for name, weight, make in data_terms(inputs):
+        terms.add(name, make(inputs).losses(inputs), weight)
     return terms
 
 
@@ -83,7 +89,7 @@ def _both_graphs(inputs: StepInputs) -> _Asked:
             trained(v_gen, "generator")
     with torch.no_grad():
         x_fake_t, target = query(inputs, v_gen.detach(), x_s)
-    reals = real(inputs, x_fake_t) if inputs.measure_correction else None
+    reals = real(inputs, x_fake_t, inputs.draws.t_query) if inputs.measure_correction else None
     with torch.set_grad_enabled(torch.is_grad_enabled() and fits):
         v_shift = shifted(inputs, x_fake_t, inputs.draws.t_query)
         if fits:
@@ -105,17 +111,15 @@ def joint(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Ter
         with torch.no_grad():
             x_s = start(inputs)
             x_fake_t, target = query(inputs, generate(inputs, x_s), x_s)
-            reals = real(inputs, x_fake_t) if inputs.measure_correction else None
+            reals = real(inputs, x_fake_t, inputs.draws.t_query) if inputs.measure_correction else None
             if inputs.fake_weight == 0:
                 v_shift = shifted(inputs, x_fake_t, inputs.draws.t_query)
         if inputs.correction_weight > 0:
             stack.append((x_s, inputs.draws.s, inputs.condition))
         if inputs.fake_weight > 0:
             stack.append((x_fake_t, inputs.draws.t_query, inputs.shift(inputs.condition)))
-    z_sup = None
-    if inputs.supervised_weight > 0:
-        x_t, z_sup, t = supervised_start(inputs)
-        stack.append((x_t, t, inputs.condition))
+    on_data = [(name, weight, make(inputs)) for name, weight, make in data_terms(inputs)]
+    stack += [(term.x_t, term.t, inputs.condition) for _, _, term in on_data]
     samples, times, conditions = zip(*stack, strict=True)
     stacked = call(
         inputs, "generator", inputs.velocities.generator, torch.cat(samples), torch.cat(times), concatenate(conditions)
@@ -135,9 +139,8 @@ def joint(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Ter
             _recomputed(inputs, terms, asked)
         del asked, v_real, options  # the backward of known gradients needs none of them, and a graph keeps its own
         reals = target = None
-    if z_sup is not None:
-        term = terms.add("supervised", ops.mixed_velocity_loss(parts.pop(0), inputs.x, z_sup), inputs.supervised_weight)
-        roots.append((term, None))
+    for name, weight, term in on_data:
+        roots.append((terms.add(name, term.loss(parts.pop(0)), weight), None))
     assert terms.total is not None  # the objective refuses a step that trains nothing
     if _hands_over(backward):
         torch.autograd.backward(*zip(*roots, strict=True))
@@ -148,10 +151,10 @@ def joint(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Ter
 
 
 def retain(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Terms:
-    """Generator and shifted branch in one backward, the data term in a second one."""
+    """Generator and shifted branch in one backward, the terms on data in one each."""
     terms = Terms()
     if inputs.adversarial:
-        with quiet(no_sync, last=inputs.supervised_weight == 0):
+        with quiet(no_sync, last=not data_terms(inputs)):
             if _hands_over(backward):
                 asked = _both_graphs(inputs)
                 roots = _roots(asked, *_one_pass(inputs, terms, asked))
@@ -163,31 +166,34 @@ def retain(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Te
                 if terms.total is not None:
                     backward(terms.total)
             terms.settle()
-    _supervised_phase(inputs, terms, backward)
+    _data_phases(inputs, terms, backward, no_sync)
     return terms
 
 
 def sequential(inputs: StepInputs, backward: Backward, no_sync: NoSync | None) -> Terms:
     """One graph at a time; the generator runs twice, the second time under the random state of the first."""
     terms = Terms()
-    corrects, supervises = inputs.correction_weight > 0, inputs.supervised_weight > 0
+    corrects, follows = inputs.correction_weight > 0, bool(data_terms(inputs))
     if inputs.adversarial:
-        with quiet(no_sync, last=not (supervises or corrects)):
+        with quiet(no_sync, last=not (follows or corrects)):
             x_s, state, known = _shifted_phase(inputs, terms, backward)
         if known is not None:
-            with quiet(no_sync, last=not supervises):
+            with quiet(no_sync, last=not follows):
                 with random_state(inputs.x.device, state):
                     v_gen = trained(generate(inputs, x_s), "generator")
                 _drive(backward, v_gen, known)
                 del v_gen, known
-    _supervised_phase(inputs, terms, backward)
+    _data_phases(inputs, terms, backward, no_sync)
     return terms
 
 
-def _supervised_phase(inputs: StepInputs, terms: Terms, backward: Backward) -> None:
-    if inputs.supervised_weight > 0:
-        backward(terms.add("supervised", supervised_loss(inputs), inputs.supervised_weight))
-        terms.settle()
+def _data_phases(inputs: StepInputs, terms: Terms, backward: Backward, no_sync: NoSync | None) -> None:
+    """The terms on data, one graph at a time."""
+    makers = data_terms(inputs)
+    for number, (name, weight, make) in enumerate(makers, 1):
+        with quiet(no_sync, last=number == len(makers)):
+            backward(terms.add(name, make(inputs).losses(inputs), weight))
+            terms.settle()
 
 
 def _shifted_phase(inputs: StepInputs, terms: Terms, backward: Backward) -> tuple[Tensor, RandomState, _Known | None]:
@@ -202,7 +208,7 @@ def _shifted_phase(inputs: StepInputs, terms: Terms, backward: Backward) -> tupl
         state = get_random_state(inputs.x.device)
         v_gen = generate(inputs, x_s)
         x_fake_t, target = query(inputs, v_gen, x_s)
-        reals = real(inputs, x_fake_t) if inputs.measure_correction else None
+        reals = real(inputs, x_fake_t, inputs.draws.t_query) if inputs.measure_correction else None
     with torch.set_grad_enabled(fits):
         v_shift = shifted(inputs, x_fake_t, inputs.draws.t_query)
         if fits:
@@ -243,16 +249,29 @@ def _recomputed(inputs: StepInputs, terms: Terms, asked: _Asked) -> None:
     fake, correction, stats = ops.shifted_velocity_loss(
         v_gen, asked.v_shift, asked.v_real, asked.target, **asked.options
     )
-    _note(inputs, terms, fake, correction, stats)
+    _note(inputs, terms, fake, _weigh(inputs, correction, stats))
 
 
-def _note(inputs: StepInputs, terms: Terms, fake: Tensor, correction: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+def _weigh(inputs: StepInputs, correction: Tensor, stats: Tensor) -> Weighed:
+    return weigh(
+        correction,
+        stats,
+        elements=inputs.x[0].numel(),
+        clip=inputs.clip,
+        clip_mode=inputs.clip_mode,
+        weighting=inputs.correction_weighting,
+        time_weights=inputs.time_weights,
+    )
+
+
+def _note(inputs: StepInputs, terms: Terms, fake: Tensor, weighed: Weighed) -> tuple[Tensor, Tensor]:
     """Notes the losses and returns what they add to the total."""
     fake_term = terms.add("fake", fake, inputs.fake_weight)
     if not inputs.measure_correction:
         return fake_term, fake.new_zeros(())
-    terms.stats = stats
-    return fake_term, terms.add("correction", correction, inputs.correction_weight)
+    terms.stats = weighed.stats
+    weight = inputs.correction_weight
+    return fake_term, terms.add("correction", weighed.losses, weight, summands=weighed.summands)
 
 
 @dataclass
@@ -280,6 +299,8 @@ def _one_pass(
         torch.full(v_shift.shape[:1], weight / v_shift.shape[0], dtype=compute, device=v_shift.device)
         for weight in (inputs.fake_weight, inputs.correction_weight)
     ]
+    if inputs.time_weights is not None and not inputs.weighs_after_the_loss:
+        weights[1] = weights[1] * inputs.time_weights
     grad_gen_dtype = None if asked.v_gen is None else compute if scaled else asked.v_gen.dtype
     fake, correction, stats, grad_gen, grad_shift = ops.shifted_velocity_loss_with_gradients(
         *weights,
@@ -290,7 +311,10 @@ def _one_pass(
         grad_gen_dtype=grad_gen_dtype,
         **asked.options,
     )
-    loss_fake, loss_correction = _note(inputs, terms, fake, correction, stats)
+    weighed = _weigh(inputs, correction, stats)
+    if corrects and inputs.weighs_after_the_loss and weighed.factor is not None:
+        grad_gen.mul_(per_sample(weighed.factor, grad_gen))
+    loss_fake, loss_correction = _note(inputs, terms, fake, weighed)
     return _Known(grad_gen, loss_correction) if corrects else None, _Known(grad_shift, loss_fake) if fits else None
 
 

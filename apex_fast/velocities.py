@@ -125,6 +125,15 @@ class Velocities:
         """Whether the real branch is an exponential moving average."""
         return self._ema_decay is not None
 
+    def shifted_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters that the shifted branch alone uses, and that are no part of the result."""
+        return []
+
+    @property
+    def changes(self) -> bool:
+        """Whether :meth:`state_dict` holds what training changes, so that a checkpoint has to keep it."""
+        return self.has_ema
+
     @torch.no_grad()
     def update_ema(self, skip: Tensor | None = None) -> None:
         """Moves the average towards the module: ``average = decay * average + (1 - decay) * parameter``.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apex_fast import ApexObjective, ConditionShift
-from apex_fast.passes import Passes, paper_passes, step_passes
+from apex_fast.passes import Passes, mean_forwards, objective_passes, paper_passes, step_passes
 
 BATCH = 2
 
@@ -122,6 +122,32 @@ def test_passes_of_the_paper_loss(detached: bool) -> None:
             network = Counting(checkpointing)
             run(network, objective, schedule, step=0)
             assert network.passes() == planned, (fake, mix, mixes, checkpointing, schedule)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "retain", "sequential"])
+def test_passes_of_every_kind_of_step(schedule: str) -> None:
+    for consistency, mix, mixes, guided, checkpointing in itertools.product([True, False], repeat=5):
+        objective = ApexObjective(
+            ConditionShift(),
+            consistency_weight=float(consistency),
+            mix_regulariser_weight=float(mix),
+            mix_weight=0.5 if mixes else 0.0,
+            guidance_scale=3.0 if guided else 1.0,
+            generator_every=3,
+            supervised_every=2,
+            warmup_steps=0,
+            ramp_steps=0,
+        )
+        options = {"guided": guided, "checkpointing": checkpointing}
+        sums = []
+        for step in range(6):
+            network = Counting(checkpointing)
+            run(network, objective, schedule, step=step)
+            assert network.passes() == objective_passes(objective, schedule, **options, step=step), (step, options)
+            sums.append(network.passes().total_in_forwards)
+        assert objective.full_step == 5 and sums[5] == max(sums) > min(sums)
+        assert network.passes() == objective_passes(objective, schedule, **options)
+        assert mean_forwards(objective, schedule, **options) == pytest.approx(sum(sums) / 6)
 
 
 def test_totals_in_forwards() -> None:

@@ -387,6 +387,7 @@ def test_own_samples_are_the_same_over_two_processes(place: Path) -> None:
     ("more", "message"),
     [
         (("--objective.supervised_weight", "1.0"), "needs objective.supervised_weight: 0"),
+        (("--objective.mix_regulariser_weight", "1.0"), "needs objective.mix_regulariser_weight: 0"),
         (("--real_branch", "ema"), "nothing would hold the real branch to the data"),
         (("--loss", "paper"), "student is for loss: correction"),
     ],

@@ -45,7 +45,7 @@ def compare(objective: ApexObjective, velocities, modules, x, condition, schedul
         losses = objective.backward(velocities, x, condition, step=0, draws=draws, schedule=schedule, **arguments)
         assert not losses.total.requires_grad
         torch.testing.assert_close(losses.total, expected.total.detach())
-        for name in ("fake", "correction", "supervised", "mix"):
+        for name in ("fake", "correction", "supervised", "consistency", "mix"):
             torch.testing.assert_close(getattr(losses, name), getattr(expected, name))
         assert losses.metrics.keys() == expected.metrics.keys()
         for found, want in zip(gradients(*modules), wanted, strict=True):
@@ -65,6 +65,20 @@ def compare(objective: ApexObjective, velocities, modules, x, condition, schedul
         {"fake_weight": 0.0, "correction_weight": 0.0},
         {"warmup_steps": 3},
         {"fake_weight": 0.3, "correction_weight": 2.0, "supervised_weight": 0.7},
+        {"clip_mode": "norm", "clip": 0.05},
+        {"correction_weighting": "dmd"},
+        {"correction_weighting": "dmd", "clip_mode": "norm", "clip": 0.05},
+        {"correction_weighting": "time"},
+        {"correction_weighting": "time", "clip_mode": "norm", "clip": 0.05, "fake_weight": 0.0},
+        {"correction_weighting": "dmd", "warmup_steps": 3},
+        {"generator_every": 2},
+        {"supervised_every": 2},
+        {"generator_every": 2, "supervised_every": 2},
+        {"consistency_weight": 0.7},
+        {"consistency_weight": 0.7, "fake_weight": 0.0, "correction_weight": 0.0, "supervised_weight": 0.0},
+        {"mix_regulariser_weight": 0.7},
+        {"mix_regulariser_weight": 0.7, "mix_weight": 0.0, "supervised_weight": 0.0},
+        {"mix_regulariser_weight": 0.7, "consistency_weight": 0.3, "correction_weighting": "time", "clip": None},
     ],
     ids=str,
 )
@@ -93,7 +107,7 @@ def test_schedules_agree_under_guidance(negatives):
     model = network()
     x, condition = batch()
     compare(
-        objective(guidance_scale=2.5),
+        objective(guidance_scale=2.5, consistency_weight=0.5, correction_weighting="dmd"),
         model,
         [model],
         x,
@@ -185,7 +199,18 @@ def test_an_unknown_schedule_is_refused():
         objective().backward(network(), x, condition, step=0, schedule="parallel")
 
 
-@pytest.mark.parametrize("settings", [{}, {"fake_weight": 0.0}, {"warmup_steps": 3}, {"guidance_scale": 2.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"fake_weight": 0.0},
+        {"warmup_steps": 3},
+        {"guidance_scale": 2.5},
+        {"correction_weighting": "dmd", "clip_mode": "norm", "clip": 0.05},
+        {"correction_weighting": "time", "consistency_weight": 0.5, "mix_regulariser_weight": 0.5},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_callers_backward_gets_the_gradients_of_the_schedules_own(schedule, dtype, settings):
@@ -361,6 +386,11 @@ def test_a_loss_scale_reaches_half_gradients_of_the_shifted_branch_too(schedule)
         ("sequential", {"fake_weight": 0.0}, 1),
         ("sequential", {"loss": "paper", "detach_x_fake": True}, 1),
         ("retain", {"loss": "paper"}, 0),
+        ("joint", {"consistency_weight": 1.0, "mix_regulariser_weight": 1.0}, 0),
+        ("retain", {"consistency_weight": 1.0}, 2),
+        ("sequential", {"consistency_weight": 1.0, "mix_regulariser_weight": 1.0}, 4),
+        ("sequential", {"generator_every": 2}, 1),
+        ("sequential", {"generator_every": 2, "supervised_every": 2}, 0),
     ],
 )
 def test_only_the_last_forward_and_backward_are_outside_no_sync(schedule, settings, quiet):

@@ -15,7 +15,8 @@ pytest.importorskip("yaml")
 
 from tiny_runs import TEXT_ENCODER, TRANSFORMER, keys, losses, make_start, start_process
 
-from apex_fast.training.batches import Batches, EpochOrder, TextImages, load_digits
+from apex_fast.data.shipped import load_shipped
+from apex_fast.training.batches import Batches, EpochOrder, TextImages
 from apex_fast.training.checkpoint import checkpoints
 from apex_fast.training.config import load_config
 from apex_fast.training.ema import WeightAverage
@@ -63,7 +64,7 @@ def test_a_batch_pairs_images_with_their_own_prompts(tiny_start: Path) -> None:
         seen.append(prompts)
         return backbone.encode(prompts)
 
-    data = load_digits()
+    data = load_shipped("digits")
     options = {"batch_size": 16, "seed": 5, "device": torch.device("cpu")}
     plain = Batches(data, encode, cached=False, **options)
     cached = Batches(data, backbone.encode, cached=True, **options)

@@ -568,21 +568,26 @@ class Backbone(nn.Module):
         vocab_size: int = 384,
         max_sequence_length: int = 16,
         sample_size: int | None = None,
+        vae: str | Path | None = None,
         seed: int = 0,
     ) -> Self:
-        """A new model with random weights in pixel space and a text encoder of its own: what a start is trained from.
-        Call it on a family's class.
+        """A new model with random weights and a text encoder of its own, in pixel space or in the latents of a small
+        VAE: what a start is trained from. Call it on a family's class.
 
         transformer: arguments of the family's diffusers transformer.
         text_encoder, prompts, vocab_size, max_sequence_length: see
         :meth:`apex_fast.backbones.own_text.OwnText.from_config`.
-        sample_size: edge of the samples in pixels, for families whose transformer does not state it.
+        sample_size: edge of the samples (pixels, or those of the latents), for families whose transformer does not
+            state it.
+        vae: folder of a VAE of the class that the family's pipeline decodes with, as
+            :mod:`apex_fast.training.autoencoder` writes one; None is pixel space.
         seed: of the weights. The global random state is left as it was.
 
         Raises:
             ValueError: a family that needs pooled embeddings (FLUX, Stable Diffusion 3), or widths and sizes that do
                 not fit.
         """
+        from apex_fast.backbones.loading import own_vae
         from apex_fast.backbones.own_text import OwnText
 
         if len(cls.text_parts) > 2:
@@ -597,7 +602,8 @@ class Backbone(nn.Module):
             text = OwnText.from_config(
                 text_encoder, prompts, vocab_size=vocab_size, max_sequence_length=max_sequence_length
             )
-        return cls(model, text=text, sample_size=sample_size)
+        components = {} if vae is None else {"vae": own_vae(Path(vae), cls)}
+        return cls(model, text=text, sample_size=sample_size, components=components)
 
     def save_pretrained(self, folder: str | Path, *, transformer: bool = True) -> None:
         """Writes a model with a text encoder of its own; see :func:`apex_fast.backbones.loading.save_own`."""

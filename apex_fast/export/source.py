@@ -21,7 +21,7 @@ from apex_fast.backbones.loading import backbone_class, family_of, read_json
 from apex_fast.extras import require
 from apex_fast.lora import GENERATOR, START, WEIGHTS
 from apex_fast.training.checkpoint import checkpoints, load_state, step_of
-from apex_fast.training.config import DIGITS_START
+from apex_fast.training.config import DIGITS_START, UNSHIFTED
 from apex_fast.training.models import is_hub_id, load_found, pretrained_folder, start_lora_file
 from apex_fast.training.provenance import licence_of
 from apex_fast.training.results import INDEX, Found, Record, find_result, has_own_text
@@ -155,7 +155,7 @@ class Source:
         """Settings of the condition shift of the training; None for other losses, and where nobody wrote them down."""
         if self.record.shift is not None:
             return self.record.shift
-        return None if self.config.get("loss") == "flow_matching" else self.config.get("shift")
+        return None if self.config.get("loss") in UNSHIFTED else self.config.get("shift")
 
     @property
     def learned_parts(self) -> tuple[str, ...]:

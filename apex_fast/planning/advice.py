@@ -9,7 +9,7 @@ from typing import Any
 from apex_fast.planning.blueprint import Blueprint
 from apex_fast.planning.stages import validates
 from apex_fast.planning.ways import Planner, altered
-from apex_fast.training.config import DIGITS, TrainConfig
+from apex_fast.training.config import TrainConfig
 
 ADVISED_RANK = 64
 """Rank of the LoRA that is advised in place of full tuning."""
@@ -163,7 +163,7 @@ def _lora(model: Blueprint, config: TrainConfig) -> Iterator[dict[str, Any]]:
 
 
 def _smaller_pictures(model: Blueprint, config: TrainConfig) -> Iterator[dict[str, Any]]:
-    if config.dataset_name == DIGITS or model.own_text:
+    if config.ships_data or model.own_text:
         return
     height, width = model.pixels(config.image_size)
     step = model.vae_scale_factor * 2

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from apex_fast.backbones.loading import FAMILIES, backbone_class, family_of
+from apex_fast.backbones.loading import FAMILIES, TEXT_PACKAGE, backbone_class, family_of
+from apex_fast.backbones.own_text import package_folder
 from apex_fast.condition import Condition
 from apex_fast.extras import require
 from apex_fast.planning.published import PUBLISHED, Published
@@ -144,6 +145,7 @@ def blueprint_of(config: TrainConfig) -> Blueprint:
             tokens=new.max_sequence_length,
             source="the section model of the config",
             own_text=True,
+            text_encoder_parameters=_packaged_parameters(new.text_encoder.get("package")),
             options={} if new.sample_size is None else {"sample_size": new.sample_size},
         )
         return dataclasses.replace(made, latent_edge=made.backbone().sample_shape[-1])
@@ -250,7 +252,8 @@ def _from_folder(name: str, folder: Path) -> Blueprint:
         scale,
         1,
         tokens=int(index.get("max_sequence_length", 16)) if own and index is not None else None,
-        text_encoder_parameters=sum(_stored_parameters(p) for p in sorted(folder.glob("text_encoder*"))),
+        text_encoder_parameters=sum(_stored_parameters(p) for p in sorted(folder.glob("text_encoder*")))
+        + _packaged_parameters((index or {}).get(TEXT_PACKAGE)),
         vae_parameters=vae_parameters,
         vae=_read(folder / "vae" / "config.json"),
         source=str(parts / "config.json"),
@@ -290,6 +293,16 @@ def _vae(folder: Path, family: str) -> tuple[int, int]:
     else:
         levels = len(config["block_out_channels"]) - 1
     return 2**levels, sum(p.numel() for p in vae.parameters())
+
+
+def _packaged_parameters(package: str | None) -> int:
+    """Those of a text encoder that a package carries. PlanError for one that is not installed or known."""
+    if package is None:
+        return 0
+    try:
+        return _stored_parameters(package_folder(package))
+    except (ImportError, ValueError) as error:
+        raise PlanError(str(error)) from error
 
 
 def _stored_parameters(folder: Path) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from apex_fast.planning.advice import Advice, advise
-from apex_fast.planning.blueprint import Blueprint, blueprint_of
+from apex_fast.planning.blueprint import Blueprint, PlanError, blueprint_of
 from apex_fast.planning.published import PUBLISHED
 from apex_fast.planning.stages import Stage, loaded_on_host
-from apex_fast.planning.ways import Planner, Way, ways
-from apex_fast.training.config import TrainConfig
+from apex_fast.planning.ways import Planner, Way, mean_share, ways
+from apex_fast.training.config import PEERS, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Plan:
         kept_vae: the VAE, if it stays because validation pictures are wanted.
         own_text: a text encoder of the model's own, which stays.
         guidance: of the real branch; None if it is not guided.
-        flops: of a whole optimizer step on one GPU, accumulation included.
+        flops: of a whole optimizer step on one GPU that trains every term, accumulation included.
         forwards: the same in forwards of the batch; less than the passes where frozen weights need no gradient.
         hours: of the run, or None if no rate was given.
         gpu: bytes of the GPU that was asked about, or None; ``gpus`` how many.
@@ -99,6 +99,10 @@ def plan(
             raise ValueError(f"plan: {name} must be above 0, got {value}")
     if throughput is not None and tflops is not None:
         raise ValueError("plan: give throughput or tflops, not both; a measured throughput is the better one")
+    if config.loss in PEERS:
+        raise PlanError(
+            f"loss: {config.loss} is not planned; docs/peers.md has its passes and copies, and loss: correction a plan"
+        )
     model = blueprint_of(config)
     planner = Planner(model, gpus)
     chosen = planner.way(config)
@@ -109,12 +113,13 @@ def plan(
     step = chosen.step
     accumulated = config.gradient_accumulation_steps
     flops, forwards = step.flops * accumulated, step.flops * accumulated / max(step.forward_flops, 1.0)
+    share = mean_share(config, planner.guidance(config) is not None)
     hours, rate = None, ""
     if throughput is not None:
-        hours = forwards * config.max_train_steps / throughput / 3600
+        hours = share * forwards * config.max_train_steps / throughput / 3600
         rate = f"{throughput:g} forwards a second"
     elif tflops is not None:
-        hours = flops * config.max_train_steps / (tflops * 1e12) / 3600
+        hours = share * flops * config.max_train_steps / (tflops * 1e12) / 3600
         rate = f"{tflops:g} TFLOP/s, which was assumed and not measured"
     advice = None
     if gpu is not None and planner.excess(config, gpu) > 0:
@@ -153,6 +158,11 @@ def _notes(config: TrainConfig, planner: Planner) -> list[str]:
         notes.append(
             f"{config.pretrained_model_name_or_path} is used without classifier-free guidance, and this run guides its "
             f"real branch by {guidance:g}; guidance_scale: {none:g} leaves that out"
+        )
+    if (share := mean_share(config, guidance is not None)) < 1:
+        notes.append(
+            f"passes and memory are those of a step that trains every term; on average a step costs {share:.2f} of it "
+            "(objective.generator_every, objective.supervised_every), which the hours count"
         )
     if config.train_text_encoder:
         notes.append("the text encoder that is trained along is not counted")

@@ -122,12 +122,11 @@ class PlannedRun:
         if isinstance(self.objective, FlowMatching):
             self.objective.backward(self.velocities.generator, self.x, self.condition, step=0, backward=backward)
             return
-        step = (self.objective.warmup_steps or 0) + (self.objective.ramp_steps or 0)
         self.objective.backward(
             self.velocities,
             self.x,
             self.condition,
-            step=step,
+            step=self.objective.full_step,
             negative_condition=self.negative,
             schedule=self.config.schedule_in_use,
             backward=backward,
@@ -172,7 +171,8 @@ def planned_run(model: Blueprint, config: TrainConfig, device: torch.device | st
         parameters = [p for p in backbone.parameters() if p.requires_grad]
         if isinstance(objective, ApexObjective):
             parameters += [p for p in objective.shift.parameters() if p.requires_grad]
-        average = WeightAverage(backbone, config.ema_decays) if config.ema_decays else None
+        decays, apart = config.ema_decays, velocities.shifted_parameters()
+        average = WeightAverage(backbone, decays, leave_out=apart) if decays else None
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw_8bit":
             optimizer = EightBit(parameters)
@@ -298,7 +298,9 @@ def _of_the_real_branch(run: PlannedRun) -> list[Tensor]:
     twin = run.velocities.real
     own = [*twin.parameters(), *twin.buffers()] if isinstance(twin, nn.Module) else []
     shared = {id(t) for t in [*run.backbone.parameters(), *run.backbone.buffers()]}
-    return [*adapter, *(t for t in own if id(t) not in shared), *run.velocities._own_state().values()]
+    trained = {id(p) for p in run.velocities.shifted_parameters()}
+    kept = [t for t in run.velocities._own_state().values() if id(t) not in trained]
+    return [*adapter, *(t for t in own if id(t) not in shared), *kept]
 
 
 @contextlib.contextmanager

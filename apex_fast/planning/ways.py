@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from apex_fast.passes import Passes, paper_passes, step_passes
+from apex_fast.passes import Passes, mean_forwards, objective_passes, paper_passes
 from apex_fast.planning.blueprint import Blueprint
 from apex_fast.planning.memory import ACTIVATIONS
 from apex_fast.planning.stages import (
@@ -73,7 +73,7 @@ def altered(config: TrainConfig, **changes: Any) -> TrainConfig | None:
 
 
 def passes_of(config: TrainConfig, guided: bool) -> Passes:
-    """Passes of a step at full weight of the correction."""
+    """Passes of a step at full weight of the correction that trains every term."""
     objective, checkpointing = config.objective, config.gradient_checkpointing
     if config.loss == "flow_matching":
         return Passes(0, 1, 1, 1 if checkpointing else 0)
@@ -85,14 +85,17 @@ def passes_of(config: TrainConfig, guided: bool) -> Passes:
             detached=objective.detach_x_fake,
             checkpointing=checkpointing,
         )
-    return step_passes(
-        config.schedule_in_use,  # type: ignore[arg-type]
-        correction=objective.correction_weight > 0,
-        supervised=objective.supervised_weight > 0,
-        fake=objective.fake_weight > 0,
-        guided=guided,
-        checkpointing=checkpointing,
-    )
+    return objective_passes(objective, config.schedule_in_use, guided=guided, checkpointing=bool(checkpointing))
+
+
+def mean_share(config: TrainConfig, guided: bool) -> float:
+    """What a step costs on average, as a share of one that trains every term: below 1 with ``generator_every`` or
+    ``supervised_every``."""
+    if config.loss != "correction":
+        return 1.0
+    checkpointing = bool(config.gradient_checkpointing)
+    mean = mean_forwards(config.objective, config.schedule_in_use, guided=guided, checkpointing=checkpointing)
+    return mean / passes_of(config, guided).total_in_forwards
 
 
 class Planner:

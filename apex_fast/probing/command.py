@@ -22,7 +22,7 @@ from apex_fast.probing.probe import BIASES, CHECK_TIMES, SCALES, TIMES, CheckLin
 from apex_fast.probing.report import as_mapping, table
 from apex_fast.shift import SITES, ConditionShift
 from apex_fast.training.checkpoint import checkpoints, load_json, load_state
-from apex_fast.training.config import DIGITS_START, ShiftSettings, TrainConfig, load_config
+from apex_fast.training.config import DIGITS_START, UNSHIFTED, ShiftSettings, TrainConfig, load_config
 from apex_fast.training.encoding import encode_text, move_parts, picture_size
 from apex_fast.training.memory import during, release
 from apex_fast.training.models import (
@@ -265,7 +265,7 @@ def _subject_of(config: TrainConfig, name: str, device: torch.device) -> _Subjec
     if backbone.text is None:
         subject.shape = backbone.latent_shape(*picture_size(config, backbone))
     subject.prompts = list(config.validation_prompts)
-    if config.loss != "flow_matching":
+    if config.loss not in UNSHIFTED:
         subject.shifts["config"] = _shift_of(config.shift, backbone)
     return subject
 
@@ -327,7 +327,7 @@ def _add_trained_shift(subject: _Subject, checkpoint: Path) -> None:
 
 def _add_settings(subject: _Subject, config: TrainConfig) -> None:
     subject.prompts = list(config.validation_prompts)
-    if config.loss == "flow_matching":
+    if config.loss in UNSHIFTED:
         return
     subject.shifts["run"] = _shift_of(config.shift, subject.backbone)
     if any(p.requires_grad for p in subject.shifts["run"].parameters()):

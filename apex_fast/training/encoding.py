@@ -24,10 +24,11 @@ from apex_fast.command import command_name
 from apex_fast.condition import Condition, condition_tensors
 from apex_fast.data.pictures import picture_tensor
 from apex_fast.data.prompts import PromptFile
+from apex_fast.data.shipped import load_shipped
 from apex_fast.data.source import BROKEN, BrokenPictureError, Sample, Source, open_source
-from apex_fast.training.batches import PromptTable, Samples, TextImages, TextTable, load_digits
+from apex_fast.training.batches import PromptTable, Samples, TextImages, TextTable
 from apex_fast.training.buckets import buckets_for
-from apex_fast.training.config import DIGITS, TrainConfig
+from apex_fast.training.config import TrainConfig
 from apex_fast.training.guidance import RealGuidance
 from apex_fast.training.memory import release
 from apex_fast.training.settings import SettingsError
@@ -35,6 +36,8 @@ from apex_fast.training.settings import SettingsError
 if TYPE_CHECKING:
     from apex_fast.caching.reading import Cache
 
+PICTURES_AT_ONCE = 100
+"""Small pictures that are encoded together."""
 PROMPTS_AT_ONCE = 8
 SHARE_OF_MEMORY = 0.5
 """Share of the machine's memory that latents and embeddings may take."""
@@ -88,9 +91,10 @@ def open_data(config: TrainConfig) -> TextImages | Source:
         FileNotFoundError, SettingsError: no such data, or nothing in it that can be used.
         ImportError: the package that reads it is missing.
     """
-    if config.dataset_name == DIGITS and config.prompts is None:
-        return load_digits()
     try:
+        if config.ships_data:
+            edge = None if config.resolution is None else config.image_size[0]
+            return load_shipped(config.dataset_name, resolution=edge, count=config.max_train_samples)
         return open_source(config) if config.prompts is None else PromptFile.open(config.prompts)
     except FileNotFoundError:
         raise
@@ -257,7 +261,11 @@ def _check_loaded_text_encoders(config: TrainConfig, backbone: Backbone) -> None
 
 
 def _check_shape(config: TrainConfig, backbone: Backbone, source: TextImages | Source) -> None:
-    wanted = backbone.sample_shape
+    channels, height, width = backbone.sample_shape
+    factor = backbone.vae_scale_factor
+    if factor > 1:
+        channels = 3
+    wanted = (channels, height * factor, width * factor)
     if isinstance(source, Source):
         # Before the text is encoded, which may take hours.
         size_rule(config, backbone)
@@ -269,11 +277,26 @@ def _check_shape(config: TrainConfig, backbone: Backbone, source: TextImages | S
     else:
         shapes = source.shapes
     for found in shapes:
-        if found[0] != wanted[0] or (config.dataset_name == DIGITS and found != wanted):
+        if found[0] != wanted[0] or (config.ships_data and found != wanted):
             raise SettingsError(
                 f"dataset_name: {config.dataset_name} gives samples of the shape {list(found)}, and this "
                 f"{backbone.family} model takes {list(wanted)}"
             )
+
+
+def _latents_of(backbone: Backbone, data: TextImages, seed: int) -> TextImages:
+    """``data`` in the latents of a model that has a VAE; as it is for one in pixel space."""
+    if backbone.vae_scale_factor == 1:
+        return data
+    everything = torch.arange(len(data))
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.cat(
+        [
+            backbone.encode_images(data.images(part), generator).float().cpu()
+            for part in everything.split(PICTURES_AT_ONCE)
+        ]
+    )
+    return TextImages(latents, data.prompts, data.vocabulary)
 
 
 def _samples(
@@ -285,7 +308,7 @@ def _samples(
 ) -> tuple[TextImages | PromptSamples, list[str]]:
     """The samples in the space of the network, and what was left out."""
     if not isinstance(source, Source):
-        return source, []
+        return _latents_of(backbone, source, config.seed), []
     if isinstance(source, PromptFile):
         # Samples of the student are drawn in the step; those of the base come from a cache.
         return PromptSamples(source.captions, backbone.latent_shape(*picture_size(config, backbone))), []

@@ -85,7 +85,7 @@ FOREIGN_KEYS = {
     "eval_steps": "write 'validation_steps'",
     "epochs": "write 'max_train_steps'; runs are counted in steps",
     "resume": "write 'resume_from_checkpoint: latest'",
-    "loss_type": "write 'loss' (correction, paper or flow_matching)",
+    "loss_type": "write 'loss' (correction, paper, flow_matching or a peer's method)",
     "caption_extension": "leave it out: captions are metadata.jsonl or .txt files beside the pictures",
     "dataloader_num_workers": "leave it out: pictures are encoded before the first step, see `apex-fast cache`",
     "snr_gamma": "leave it out: a flow model's times are weighted by how 'objective' draws them",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apex_fast.backbones.base import Backbone, TeacherGuidance
-from apex_fast.training.config import TrainConfig
+from apex_fast.training.config import PEERS, TrainConfig
 from apex_fast.training.settings import SettingsError
 from apex_fast.velocities import Guide
 
@@ -97,7 +97,10 @@ def unused_guidance(config: TrainConfig, backbone: Backbone, guidance: RealGuida
 
 
 def _has_real_branch(config: TrainConfig) -> bool:
-    return config.loss == "correction" and config.objective.correction_weight != 0
+    if config.loss in PEERS:
+        return True
+    objective = config.objective
+    return config.loss == "correction" and (objective.correction_weight != 0 or objective.consistency_weight != 0)
 
 
 def _teacher(backbone: Backbone) -> TeacherGuidance:

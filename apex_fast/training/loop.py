@@ -26,12 +26,13 @@ from apex_fast.data.tar_shards import shown
 from apex_fast.draws import Draws
 from apex_fast.finite import GRADIENT_NORM, NonFiniteLossError
 from apex_fast.objective import ApexObjective
+from apex_fast.peers import Peer
 from apex_fast.training import checkpoint as checkpoints
 from apex_fast.training import distributed, environment, processes, state, validation
 from apex_fast.training.alarms import EXIT_CODE, Alarms, one_step_spread
 from apex_fast.training.base_samples import describe, own_samples
 from apex_fast.training.batches import Batches, check_same_data
-from apex_fast.training.config import TrainConfig
+from apex_fast.training.config import PEERS, TrainConfig
 from apex_fast.training.ema import WeightAverage
 from apex_fast.training.encoding import data_digest, encode_data, picture_size
 from apex_fast.training.flow_matching import FlowMatching
@@ -41,6 +42,7 @@ from apex_fast.training.locks import FolderLock, hold
 from apex_fast.training.memory import during, release
 from apex_fast.training.models import fingerprint
 from apex_fast.training.optimizers import make_optimizer, set_rates, step_unless
+from apex_fast.training.peers import make_peer
 from apex_fast.training.phases import PHASES, Course, status
 from apex_fast.training.processes import NoMetrics, Silence, lost_processes
 from apex_fast.training.progress import Board, Console, MetricsFile, as_numbers, open_board
@@ -173,7 +175,14 @@ class Trainer:
         )
         check_same_data(self.processes.gather([self.data_digest, self.batches.order.sizes, encoded.warnings]))
         example = None if self.batches.table is None else self.batches.table.example(1)
-        self.objective, self._notes = make_objective(config, self.backbone, self.guidance, example)
+        with during("copying the model for the real branch"):
+            self.velocities = make_velocities(config, self.backbone, self.device, self.guidance)
+        self.objective: ApexObjective | FlowMatching | Peer
+        if config.loss in PEERS:
+            with during("copying the model for the fake score"):
+                self.objective, self._notes = make_peer(config, self.backbone, self.velocities, self.guidance), []
+        else:
+            self.objective, self._notes = make_objective(config, self.backbone, self.guidance, example)
         if isinstance(self.objective, ApexObjective):
             self.objective.shift.to(self.device)
         if config.mixed_precision == "fp16" and self.backbone.family == "sana":
@@ -184,8 +193,6 @@ class Trainer:
         self.timer = StepTimer(self.device)
         # Relative change of the velocity by the shift, where the run was probed.
         self.visibility: float | None = None
-        with during("copying the model for the real branch"):
-            self.velocities = make_velocities(config, self.backbone, self.device, self.guidance)
         if config.compile:
             compile_blocks(self.backbone, self.velocities)
         # What runs the network outside of training steps, without a wrapper that counts forwards.
@@ -196,7 +203,9 @@ class Trainer:
             with during(f"spreading the model over {self.processes.world} processes"):
                 self.no_sync = self._spread()
         with during("copying the trained weights for their average"):
-            self.average = WeightAverage(self.backbone, config.ema_decays) if config.ema_decays else None
+            of_the_shifted = self.velocities.shifted_parameters()
+            decays = config.ema_decays
+            self.average = WeightAverage(self.backbone, decays, leave_out=of_the_shifted) if decays else None
         self.parameters = [p for p in self.backbone.parameters() if p.requires_grad]
         if isinstance(self.objective, ApexObjective):
             self.parameters += [p for p in self.objective.shift.parameters() if p.requires_grad]
@@ -205,8 +214,9 @@ class Trainer:
         self._unwrapped = [p for p in self.parameters if id(p) not in network and not distributed.is_sharded(p)]
         shift = self.objective.shift if isinstance(self.objective, ApexObjective) else None
         of_the_shift = [] if shift is None else [p for p in shift.parameters() if p.requires_grad]
-        rest = self.parameters[: len(self.parameters) - len(of_the_shift)]
-        self.optimizer = make_optimizer(config, rest, of_the_shift)
+        apart = {id(p) for p in (*of_the_shift, *of_the_shifted)}
+        rest = [p for p in self.parameters if id(p) not in apart]
+        self.optimizer = make_optimizer(config, rest, of_the_shift, of_the_shifted)
         # Before a checkpoint is restored: how far the shift has drifted is counted from where it starts.
         self.alarms = Alarms(
             config.alarms, shift=shift, device=self.device, loss_scaling=config.mixed_precision == "fp16"
@@ -527,7 +537,11 @@ class Trainer:
             console.say(describe(self.config))
         for note in self._notes:
             console.say(f"careful: {note}")
-        if self.config.loss != "flow_matching":
+        if isinstance(self.objective, Peer):
+            console.say(
+                f"a step is {self.objective.passes}, F being one forward of the batch; held: {self.objective.copies}"
+            )
+        if isinstance(self.objective, ApexObjective):
             console.say(
                 "one-step samples get worse before they get better: the generator lets go of its blurred average "
                 "first. That is expected."
@@ -587,17 +601,21 @@ class Trainer:
             over = number == passes - 1
             quiet = contextlib.nullcontext() if over or self.no_sync is None else self.no_sync()
             with self.timer.role(FORWARD), quiet:
-                if isinstance(self.objective, FlowMatching):
-                    losses = self.objective.backward(
+                if isinstance(self.objective, Peer):
+                    metrics = self.objective.step(
+                        x, condition, self.negative, step=self.step, backward=backward, **drawn
+                    )
+                elif isinstance(self.objective, FlowMatching):
+                    metrics = self.objective.backward(
                         self.velocities.generator,
                         x,
                         condition,
                         step=self.step,
                         backward=backward,
                         **drawn,
-                    )
+                    ).metrics
                 else:
-                    losses = self.objective.backward(
+                    metrics = self.objective.backward(
                         self.velocities,
                         x,
                         condition,
@@ -607,8 +625,8 @@ class Trainer:
                         backward=backward,
                         no_sync=self.no_sync if over else None,
                         **drawn,
-                    )
-            for name, value in losses.metrics.items():
+                    ).metrics
+            for name, value in metrics.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         values = {name: value / passes for name, value in sums.items()} if passes > 1 else sums
         limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm

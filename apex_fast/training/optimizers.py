@@ -1,9 +1,13 @@
 """The optimizer of a run: its kinds, the rates of its groups, and a step that can be left out without a look at the
 device.
 
-There are at most two groups of parameters: the network's, at ``learning_rate``, and those of a trainable condition
-shift, at ``shift_learning_rate`` and without weight decay (a decay would pull A and b towards 0, which is another shift
-and not a smaller one). Rates belong to the config and not to the optimizer's state, so that a resumed run follows a
+There are at most three groups of parameters: the network's, at ``learning_rate``; an adapter that the shifted branch
+has for itself, at ``shifted_adapter_learning_rate``; and those of a trainable condition shift, at
+``shift_learning_rate`` and without weight decay (a decay would pull A and b towards 0, which is another shift and not a
+smaller one). Roles that share their weights have no rates of their own: one step of the optimizer follows the sum of
+their gradients, so the ratio of two rates would be the ratio of the weights of their losses, which the objective has.
+With weights of its own the shifted branch needs a rate instead, for AdamW divides the weight of a single loss out
+again. Rates belong to the config and not to the optimizer's state, so that a resumed run follows a
 changed ``learning_rate``; every step they are set anew from one factor (:mod:`apex_fast.training.schedule`).
 
 A step that must not happen (an alarm saw a gradient that is not finite, or exploded) is decided by a number that lies
@@ -28,14 +32,18 @@ from apex_fast.training.settings import SettingsError
 if TYPE_CHECKING:
     from apex_fast.training.config import TrainConfig
 
-NETWORK, SHIFT = "network", "shift"
+NETWORK, SHIFTED_ADAPTER, SHIFT = "network", "shifted_adapter", "shift"
 """Names of the groups of parameters, in the key ``group``."""
 
 
 def make_optimizer(
-    config: TrainConfig, network: Sequence[nn.Parameter], shift: Sequence[nn.Parameter] = ()
+    config: TrainConfig,
+    network: Sequence[nn.Parameter],
+    shift: Sequence[nn.Parameter] = (),
+    shifted_adapter: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``config.optimizer`` names, over what is trained of the network and of the shift.
+    """The optimizer that ``config.optimizer`` names, over what is trained of the network, of the shift and of an
+    adapter that only the shifted branch uses.
 
     Its groups carry their name in ``group["group"]``; :func:`set_rates` sets their rates.
 
@@ -49,6 +57,8 @@ def make_optimizer(
             "true, or leave shift_learning_rate out"
         )
     groups: list[dict[str, Any]] = [{"params": list(network), "group": NETWORK, "lr": config.learning_rate}]
+    if shifted_adapter:
+        groups.append({"params": list(shifted_adapter), "group": SHIFTED_ADAPTER, "lr": _rate(config, SHIFTED_ADAPTER)})
     if shift:
         groups.append({"params": list(shift), "group": SHIFT, "lr": _rate(config, SHIFT), "weight_decay": 0.0})
     options: dict[str, Any] = {
@@ -70,6 +80,8 @@ def make_optimizer(
 def _rate(config: TrainConfig, group: str) -> float:
     if group == SHIFT and config.shift_learning_rate is not None:
         return config.shift_learning_rate
+    if group == SHIFTED_ADAPTER and config.shifted_adapter_learning_rate is not None:
+        return config.shifted_adapter_learning_rate
     return config.learning_rate
 
 

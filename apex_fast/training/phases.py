@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apex_fast.objective import ApexObjective
+from apex_fast.peers import Peer
 
 if TYPE_CHECKING:
     from apex_fast.training.flow_matching import FlowMatching
@@ -24,13 +25,20 @@ HEALTHY_DV = (0.1, 1.0)
 """Where DV lies in a run that goes well, once the warm-up is over: below, the branches agree and the correction says
 nothing; above, the shifted branch is further from the real one than an answer of zero."""
 
-PHASE_NAMES = {"warm-up": "warm-up", "ramp": "ramp", "full": "correction on", "flow": "flow matching"}
+PHASE_NAMES = {
+    "warm-up": "warm-up",
+    "ramp": "ramp",
+    "full": "correction on",
+    "flow": "flow matching",
+    "peer": "peer's method",
+}
 
 PHASES = {
     "warm-up": "warm-up. The shifted branch learns what the generator makes; the generator is not corrected yet.",
     "ramp": "ramp. The correction is turned up; one-step samples get worse before they get better.",
     "full": "correction on, at full weight.",
     "flow": "flow matching on data.",
+    "peer": "a peer's method, the same in every step.",
 }
 
 
@@ -71,7 +79,7 @@ class Milestone:
 class Course:
     """The phases of a run over ``total_steps``."""
 
-    def __init__(self, objective: ApexObjective | FlowMatching, total_steps: int) -> None:
+    def __init__(self, objective: ApexObjective | FlowMatching | Peer, total_steps: int) -> None:
         self.objective, self.total = objective, total_steps
         self.corrects = isinstance(objective, ApexObjective) and (
             objective.loss == "correction" and objective.correction_weight > 0
@@ -81,7 +89,9 @@ class Course:
 
     def phase(self, step: int) -> str:
         """The part of the run that ``step`` belongs to, a key of PHASES."""
-        return self.objective.phase(step) if isinstance(self.objective, ApexObjective) else "flow"
+        if isinstance(self.objective, ApexObjective):
+            return self.objective.phase(step)
+        return "peer" if isinstance(self.objective, Peer) else "flow"
 
     def phases(self) -> list[tuple[int, str]]:
         """(first step, name) of every phase of the run, in order."""

@@ -150,7 +150,7 @@ def load_trained(backbone: Backbone, folder: Path, mode: Literal["full", "lora"]
         _load_adapter(backbone.transformer, folder)
         return
     load_weights(backbone.transformer, folder / TRANSFORMER)
-    if backbone.text is not None:
+    if backbone.text is not None and backbone.text.package is None:
         load_weights(backbone.text.text_encoder, folder / "text_encoder")
 
 

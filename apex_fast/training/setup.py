@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +17,9 @@ from apex_fast.backbones.loading import backbone_class
 from apex_fast.backbones.offload import Offload
 from apex_fast.condition import Condition
 from apex_fast.objective import ApexObjective
-from apex_fast.passes import paper_passes, step_passes
+from apex_fast.passes import mean_forwards, objective_passes, paper_passes
 from apex_fast.shift import ConditionShift
-from apex_fast.training.config import DIGITS_START, TrainConfig
+from apex_fast.training.config import DIGITS_START, PEERS, UNSHIFTED, TrainConfig
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import RealGuidance
 from apex_fast.training.models import Autocast, load_pretrained, pretrained_source, quiet_libraries, start_lora_file
@@ -44,10 +45,17 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check_spreading(config: TrainConfig, processes: Processes) -> None:
     """What several processes cannot do. SettingsError names it and what to write."""
+    if config.loss in PEERS:
+        raise SettingsError(f"loss: {config.loss} is there to compare with and runs in one process; start one alone")
     if config.block_offload:
         raise SettingsError(
             "block_offload fetches weights by itself, which neither DDP nor FSDP2 knows of; leave it out (FSDP2 holds "
             "a share of the frozen blocks in each process), or start one process"
+        )
+    if config.shifted_adapter:
+        raise SettingsError(
+            "shifted_adapter trains two adapters in turns, and the exchange of gradients waits for both; leave it out, "
+            "or start one process"
         )
     if not processes.sharded:
         return
@@ -96,6 +104,7 @@ def load_backbone(config: TrainConfig, prompts: Iterable[str], **load_options: b
                 vocab_size=model.vocab_size,
                 max_sequence_length=model.max_sequence_length,
                 sample_size=model.sample_size,
+                vae=model.vae,
                 seed=config.seed,
             )
         except (TypeError, ValueError) as error:
@@ -143,6 +152,11 @@ def make_trainable(config: TrainConfig, backbone: Backbone) -> None:
     transformer.train()
     if backbone.text is not None:
         trained = config.train_text_encoder
+        if trained and backbone.text.package is not None:
+            raise SettingsError(
+                f"train_text_encoder: the text encoder is that of the package {backbone.text.package}, which is read "
+                "as it is installed and not saved with the model; leave train_text_encoder out"
+            )
         backbone.text.text_encoder.requires_grad_(trained).train(trained)
     if config.gradient_checkpointing is not False:
         try:
@@ -305,7 +319,7 @@ def record_of(config: TrainConfig, backbone: Backbone, size: tuple[int, int]) ->
         embedded_guidance=config.embedded_guidance_scale,
         shift_padding=config.shift_padding,
         resolution=list(size),
-        shift=None if config.loss == "flow_matching" else dict(vars(config.shift)),
+        shift=None if config.loss in UNSHIFTED else dict(vars(config.shift)),
         train_steps=config.max_train_steps,
         num_inference_steps=config.inference_steps[0],
         library_version=__version__,
@@ -343,6 +357,12 @@ def make_objective(
     notes = [str(w.message) for w in caught]
     if config.loss == "correction" and config.real_branch_in_use == "frozen" and objective.supervised_weight == 0:
         notes.append(FROZEN_WITHOUT_DATA)
+    if config.logging_steps % objective.generator_every:
+        every = math.lcm(config.logging_steps, objective.generator_every)
+        notes.append(
+            f"logging_steps: {config.logging_steps} is no multiple of objective.generator_every: "
+            f"{objective.generator_every}, so the metrics of the correction are in one line in every {every} steps"
+        )
     return objective, notes
 
 
@@ -359,7 +379,13 @@ def make_velocities(
     else:
         from apex_fast.lora import lora_velocities
 
-        velocities = lora_velocities(backbone, real, ema_decay=config.real_ema_decay, call=network)
+        velocities = lora_velocities(
+            backbone,
+            real,
+            ema_decay=config.real_ema_decay,
+            call=network,
+            shifted_adapter=config.shifted_adapter,
+        )
     if guidance is not None:
         velocities.guide = guidance.guide
     offload_real_branch(config, velocities)
@@ -378,7 +404,7 @@ def compile_blocks(backbone: Backbone, velocities: Velocities) -> None:
 def cost_of_a_step(config: TrainConfig, guidance: RealGuidance | None) -> str:
     """The real branch and what a step costs, in words; "" for flow matching."""
     objective, checkpointing = config.objective, config.gradient_checkpointing
-    if config.loss == "flow_matching":
+    if config.loss in UNSHIFTED:
         return ""
     if config.loss == "paper":
         passes = paper_passes(
@@ -389,18 +415,14 @@ def cost_of_a_step(config: TrainConfig, guidance: RealGuidance | None) -> str:
             checkpointing=checkpointing,
         )
         return f"a step is {passes}, F being one forward of the batch"
-    passes = step_passes(
-        config.schedule_in_use,  # type: ignore[arg-type]
-        correction=objective.correction_weight > 0,
-        supervised=objective.supervised_weight > 0,
-        fake=objective.fake_weight > 0,
-        guided=guidance is not None,
-        checkpointing=checkpointing,
-    )
+    options = {"guided": guidance is not None, "checkpointing": bool(checkpointing)}
+    passes = objective_passes(objective, config.schedule_in_use, **options)
+    mean = mean_forwards(objective, config.schedule_in_use, **options)
+    on_average = f", {mean:.3g} F on average" if mean < passes.total_in_forwards else ""
     guided = "not guided"
     if guidance is not None:
         guided = f'guided by {guidance.scale:g} away from "{guidance.negative_prompt}", which is one of the passes'
     return (
-        f"real branch: {config.real_branch_in_use}, {guided}; schedule {config.schedule_in_use}: a step is {passes}, F "
-        "being one forward of the batch"
+        f"real branch: {config.real_branch_in_use}, {guided}; schedule {config.schedule_in_use}: a step is {passes}"
+        f"{on_average}, F being one forward of the batch"
     )

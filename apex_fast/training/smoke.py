@@ -20,7 +20,7 @@ from apex_fast.data.tar_shards import shown
 from apex_fast.extras import require
 from apex_fast.planning.blueprint import PlanError, blueprint_of
 from apex_fast.planning.published import PUBLISHED
-from apex_fast.training.config import DIGITS, DIGITS_START, TrainConfig
+from apex_fast.training.config import DIGITS_START, PEERS, TrainConfig
 from apex_fast.training.encoding import open_data
 from apex_fast.training.loop import Trainer
 from apex_fast.training.models import is_hub_id, pretrained_folder, quiet_libraries, start_lora_file
@@ -147,8 +147,11 @@ def _look_at_data(config: TrainConfig) -> list[str]:
 def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainConfig, list[str]]:
     """``config`` on the tiny model and pictures in ``folder``, and what of it is left out or could be told already."""
     notes = []
-    if config.dataset_name == DIGITS and config.prompts is None:
-        raise SettingsError(f"dataset_name: digits are 8 x 8 grey pictures, and {family} takes a folder of pictures")
+    if config.ships_data:
+        raise SettingsError(
+            f"dataset_name: {config.dataset_name} is for networks without a VAE, and {family} takes a folder of "
+            "pictures"
+        )
     notes += _look_at_data(config)
     if config.start_lora is not None:
         start_lora_file(config.start_lora)
@@ -180,7 +183,7 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         output_dir=str(folder / "run"),
         resume_from_checkpoint=None,
         max_train_steps=STEPS,
-        train_batch_size=min(2, config.train_batch_size),
+        train_batch_size=min(4 if config.loss in PEERS else 2, config.train_batch_size),
         gradient_accumulation_steps=min(2, config.gradient_accumulation_steps),
         rank=None if config.rank is None else RANK,
         lora_alpha=alpha,

@@ -15,6 +15,7 @@ import torch
 from apex_fast.data.tar_shards import shown
 from apex_fast.objective import ApexObjective
 from apex_fast.parts import placed, placed_optimizer_state
+from apex_fast.peers import Peer
 from apex_fast.training import checkpoint as checkpoints
 from apex_fast.training.checkpoint import CheckpointError
 from apex_fast.training.config import TrainConfig
@@ -39,6 +40,7 @@ FIXED = {
     "use_dora": _LAYERS,
     "lora_dropout": ", so the rest of the run would be another training than its beginning",
     "lora_target_modules": _LAYERS,
+    "shifted_adapter": ", so the shifted branch is another adapter",
     "weight_dtype": _STORED,
     "quantization": _STORED,
 }
@@ -66,9 +68,11 @@ def write(trainer: Trainer, folder: Path) -> None:
     # The shift; all else in the objective is settings or ends with the step.
     shift = dict(objective.shift.state_dict()) if isinstance(objective, ApexObjective) else None
     save("objective", {"shift": shift})
+    if isinstance(objective, Peer):
+        save("peer", objective.state_dict())
     # A frozen branch is the start: it is read again from where it came, and its fingerprint says whether it still is
-    # that model.
-    save("real_branch", velocities.state_dict() if velocities.has_ema else None)
+    # that model. An adapter of the shifted branch's own is part of this state, and not of the model.
+    save("real_branch", velocities.state_dict() if velocities.changes else None)
     if not processes.is_main:
         return
     checkpoints.save_state(folder, _random_name(0), checkpoints.random_states(trainer.generators, trainer.device))
@@ -135,8 +139,10 @@ def restore(trainer: Trainer, folder: Path) -> list[str]:
         objective = checkpoints.load_state(folder, "objective")
         if isinstance(trainer.objective, ApexObjective):
             trainer.objective.shift.load_state_dict(objective["shift"])
+        if isinstance(trainer.objective, Peer):
+            trainer.objective.load_state_dict(checkpoints.load_state(folder, "peer"))
         real = checkpoints.load_state(folder, "real_branch")
-        if trainer.velocities.has_ema:
+        if trainer.velocities.changes:
             trainer.velocities.load_state_dict(placed(real or {}, trainer.velocities.state_dict()))
     except (ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this config: {error}") from error

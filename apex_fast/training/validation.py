@@ -18,6 +18,7 @@ from apex_fast.backbones.stock_times import pipeline_times
 from apex_fast.condition import Condition
 from apex_fast.sampler import sample
 from apex_fast.training import distributed
+from apex_fast.training.config import DIGITS
 from apex_fast.training.memory import during
 from apex_fast.training.progress import Board
 from apex_fast.velocities import Guide
@@ -33,6 +34,9 @@ SMALL = 64
 
 SAMPLES = "samples"
 """Folder of the pictures inside a run."""
+
+FEW_SEEDS = 8
+"""Pictures of each diversity prompt in a validation on rendered pictures, which are larger than the digits."""
 
 START = "start.safetensors"
 LABEL = 48
@@ -241,12 +245,18 @@ def _grid(prompts: list[str], columns: list[tuple[str, Tensor]], title: str) -> 
 
 
 def score(trainer: Trainer, num_inference_steps: int, **options: Any) -> dict[str, float]:
-    """Frechet distance, accuracy and diversity of the averaged weights on the digits (see
-    :func:`apex_fast.evaluation.digits.evaluate_digits`)."""
-    from apex_fast.evaluation.digits import evaluate_digits
+    """Frechet distance, accuracy, precision, recall and diversity of the averaged weights on the benchmark of the run's
+    data set (:func:`apex_fast.evaluation.benchmark.evaluate`, whose arguments ``options`` are)."""
+    from apex_fast.evaluation.benchmark import DIVERSITY_SEEDS, evaluate, open_benchmark
 
+    config = trainer.config
+    edge = None if config.image_size is None else config.image_size[0]
+    benchmark = open_benchmark(config.dataset_name, edge)
+    few = config.dataset_name != DIGITS
+    asked = {"samples": config.scored_samples, "diversity_seeds": FEW_SEEDS if few else DIVERSITY_SEEDS, **options}
     with undisturbed(trainer) as network:
-        return evaluate_digits(network, num_inference_steps=num_inference_steps, **options)
+        scores = evaluate(network, benchmark, num_inference_steps=num_inference_steps, cost=False, **asked)
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 def square(images: Tensor) -> Tensor:
