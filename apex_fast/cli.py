@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             _stay_offline()
             return doctor.main(arguments[1:])
+        if arguments[:1] == ["eval"]:
+            from apex_fast.evaluation import command as evaluation_command
+
+            return evaluation_command.main(arguments[1:], offline=_stay_offline_for)
         if arguments[:1] == ["report"]:
             from apex_fast.reporting import command as report_command
 
@@ -201,20 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
-    evaluate = commands.add_parser("eval", help="score a run", description="Scores a run on the digits.")
-    evaluate.add_argument(
-        "model", metavar="RUN", help="folder of a run, a checkpoint or a saved model, or digits_start"
+    commands.add_parser(
+        "eval", help="score a run, on a benchmark or by its pictures: apex-fast eval RUN --nfe 1,4,50; eval --help"
     )
-    evaluate.add_argument(
-        "--nfe", default="1,4,50", type=_step_list, help="numbers of steps, with commas (default 1,4,50)"
-    )
-    evaluate.add_argument("--samples", type=int, default=600, help="images to compare, at most 600 (default)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of noise and prompts (default 0)")
-    evaluate.add_argument(
-        "--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none (default)"
-    )
-    evaluate.add_argument("--out", type=Path, help="JSON to write (default: RUN/eval.json)")
-    evaluate.set_defaults(run=_evaluate)
 
     commands.add_parser(
         "probe",
@@ -246,16 +239,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, help="another seed than the recipe's")
     demo.set_defaults(run=_demo)
     return parser
-
-
-def _step_list(text: str) -> list[int]:
-    try:
-        steps = [int(part) for part in text.split(",")]
-    except ValueError:
-        steps = []
-    if not steps or min(steps) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers of steps such as 1,4,50, got {text!r}")
-    return steps
 
 
 # ---- commands
@@ -320,8 +303,8 @@ def _stay_offline() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _stay_offline_for(model: str) -> None:
-    if not _needs_hub(model):
+def _stay_offline_for(*models: str) -> None:
+    if not any(map(_needs_hub, models)):
         _stay_offline()
 
 
@@ -424,28 +407,6 @@ def _needs_hub(model: str) -> bool:
             return False
         model = record.base
     return True
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from apex_fast.generate import evaluate_run, evaluation_table, write_evaluation
-
-    _stay_offline()
-    try:
-        result = evaluate_run(
-            options.model,
-            options.nfe,
-            samples=options.samples,
-            seed=options.seed,
-            guidance_scale=options.guidance_scale,
-        )
-    except ValueError as error:
-        print(f"apex-fast eval: {error}", file=sys.stderr)
-        return 2
-    print(f"{result['model']}, {options.samples} samples")
-    print(evaluation_table(result))
-    base = Path(options.model) if Path(options.model).is_dir() else Path(".")
-    print(write_evaluation(result, options.out or base / "eval.json"))
-    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -1,10 +1,9 @@
-"""Pictures from prompts with what a run left behind: the work of ``apex-fast generate`` and ``apex-fast eval``."""
+"""Pictures from prompts with what a run left behind: the work of ``apex-fast generate``."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ from apex_fast.training.results import (
     holds_model,
     load_weights,
 )
-from apex_fast.training.settings import SettingsError
 from apex_fast.training.validation import SMALL, draw_pictures, square
 from apex_fast.velocities import Guide
 
@@ -301,7 +299,8 @@ def _latent_shape(generator: Generator, height: int | None, width: int | None) -
     if network.text is not None:
         if height is not None or width is not None:
             raise ValueError(
-                f"height and width: this model makes pictures of {list(network.sample_shape[1:])} pixels only"
+                "height and width: this model makes pictures of "
+                f"{[edge * network.vae_scale_factor for edge in network.sample_shape[1:]]} pixels only"
             )
         return network.sample_shape
     size = generator.resolution or [edge * network.vae_scale_factor for edge in network.sample_shape[1:]]
@@ -325,7 +324,7 @@ class Drawn:
 
 
 def generate_files(
-    model: str | Path,
+    model: str | Path | Generator,
     prompts: Sequence[Prompt],
     out: str | Path,
     *,
@@ -351,6 +350,8 @@ def generate_files(
     It depends neither on ``batch_size`` nor on what was there already. Progress goes to stderr.
 
     Args:
+        model: as :func:`generate` has it, or what :func:`open_generator` opened, to draw with it more than once; base,
+            lora and weight_dtype have been settled then.
         batch_size: pictures that the transformer makes together; they are decoded one at a time.
         others: see :func:`generate`.
 
@@ -363,11 +364,14 @@ def generate_files(
     # What is wrong with the prompts is said before a model is loaded.
     Layout(layout, out, prompts, images_per_prompt, {"seed": seed})
     device = device_of(str(device))
-    with during("loading the model"):
-        generator = open_generator(model, lora=lora, base=base, weight_dtype=weight_dtype)
+    if isinstance(model, Generator):
+        generator = model
+    else:
+        with during("loading the model"):
+            generator = open_generator(model, lora=lora, base=base, weight_dtype=weight_dtype)
     network = generator.network
     shape = _latent_shape(generator, height, width)
-    edges = [edge * network.vae_scale_factor if network.text is None else edge for edge in shape[1:]]
+    edges = [edge * network.vae_scale_factor for edge in shape[1:]]
     if layout == "dpg" and edges[0] != edges[1]:
         raise ValueError(f"layout dpg: its scorer cuts squares, and these pictures are {edges[0]} x {edges[1]} pixels")
     scale, guide, against = _guidance(network, guidance_scale, negative_prompt)
@@ -541,52 +545,3 @@ def _content(height: int, width: int, size: int) -> tuple[int, int, int, int]:
     tall, wide = round(size * height / edge), round(size * width / edge)
     left, top = (size - wide) // 2, (size - tall) // 2
     return left, top, left + wide, top + tall
-
-
-def evaluate_run(
-    run: str | Path, steps: Sequence[int], *, samples: int = 600, seed: int = 0, guidance_scale: float = 1.0
-) -> dict[str, Any]:
-    """Scores of a run at each number of steps and of real data, as written to JSON:
-    ``{"model": ..., "scores": {"1": {...}}, "floor": {...}, "samples": 600, "seed": 0}``."""
-    from apex_fast.evaluation.digits import digit_floor, evaluate_digits
-
-    network, which = load_generator(run)
-    digits = (1, 8, 8)
-    if network.sample_shape != digits:
-        raise SettingsError(f"eval scores digits, and {which} makes samples of the shape {list(network.sample_shape)}")
-    scores = {
-        str(n): evaluate_digits(
-            network, num_inference_steps=n, samples=samples, seed=seed, guidance_scale=guidance_scale
-        )
-        for n in steps
-    }
-    return {
-        "model": which,
-        "scores": scores,
-        "floor": digit_floor(samples=samples),
-        "samples": samples,
-        "seed": seed,
-        "guidance_scale": guidance_scale,
-    }
-
-
-def evaluation_table(result: dict[str, Any]) -> str:
-    """The result of :func:`evaluate_run` as aligned text."""
-    from apex_fast.evaluation.report import text_table
-
-    def row(name: str, values: dict[str, float]) -> list[str]:
-        speed = f"{values['images_per_second']:,.0f}" if "images_per_second" in values else ""
-        return [name, f"{values['frechet']:.3f}", f"{values['accuracy']:.3f}", f"{values['diversity']:.3f}", speed]
-
-    rows = [row(f"{n} step{'s' if n != '1' else ''}", values) for n, values in result["scores"].items()]
-    return text_table(
-        ["", "Frechet distance", "prompt accuracy", "diversity", "images/s"],
-        [*rows, row("real data (the floor)", result["floor"])],
-    )
-
-
-def write_evaluation(result: dict[str, Any], path: Path) -> Path:
-    """Writes the result of :func:`evaluate_run` as JSON; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return path

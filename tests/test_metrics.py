@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from apex_fast.evaluation.metrics import diversity_ratio, frechet_distance, mean_pairwise_distance
+from apex_fast.evaluation.metrics import (
+    diversity_ratio,
+    frechet_distance,
+    mean_pairwise_distance,
+    precision_recall,
+)
 
 
 def _with_moments(mean: torch.Tensor, covariance: torch.Tensor, count: int = 400, seed: int = 0) -> torch.Tensor:
@@ -101,3 +106,60 @@ def test_diversity_is_a_ratio_within_each_label():
     assert diversity_ratio(collapsed, labels, data, labels) == 0
     # Labels with other numbers of samples than the data are fine.
     assert 0.5 < diversity_ratio(data[::3], labels[::3], data, labels) < 1.5
+
+
+# ---- precision and recall
+
+
+def _inside(point: list[float], others: list[list[float]], k: int) -> bool:
+    """Whether ``point`` lies in the ball around any of ``others`` that reaches to its k-th neighbour: the definition,
+    one number at a time."""
+    for i, centre in enumerate(others):
+        radius = sorted(math.dist(centre, other) for j, other in enumerate(others) if j != i)[k - 1]
+        if math.dist(point, centre) <= radius:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_are_those_of_the_definition(k):
+    generator = torch.Generator().manual_seed(k)
+    real = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    generated = 0.6 * torch.randn(31, 3, generator=generator, dtype=torch.float64) + 0.8
+    precision, recall = precision_recall(real, generated, k)
+    a, b = real.tolist(), generated.tolist()
+    assert precision == pytest.approx(sum(_inside(p, a, k) for p in b) / len(b), abs=1e-12)
+    assert recall == pytest.approx(sum(_inside(p, b, k) for p in a) / len(a), abs=1e-12)
+    assert 0 < recall < precision < 1, "this case is to tell the two apart"
+
+
+def test_precision_and_recall_tell_what_is_wrong():
+    generator = torch.Generator().manual_seed(0)
+    real, same = (torch.randn(500, 4, generator=generator) for _ in range(2))
+    assert min(precision_recall(real, same)) > 0.8
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, same + 20) == (0.0, 0.0)
+    narrow = precision_recall(real, same * 0.1)
+    assert narrow[0] > 0.95 and narrow[1] < 0.2, "all near the middle: like the data, and covering little of it"
+    wide = precision_recall(real, same * 5)
+    assert wide[0] < 0.2 < wide[1]
+
+
+def test_rows_in_parts_give_the_same(monkeypatch):
+    from apex_fast.evaluation import metrics
+
+    real, generated = (torch.randn(50, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    whole = precision_recall(real, generated)
+    monkeypatch.setattr(metrics, "_ROWS", 7)
+    assert precision_recall(real, generated) == whole
+
+
+@pytest.mark.parametrize(("a", "b"), [((3, 2), (9, 2)), ((9, 2), (3, 2)), ((9, 2), (9, 3)), ((9,), (9,))])
+def test_too_few_or_other_features_are_refused(a, b):
+    with pytest.raises(ValueError, match="more than k = 3 rows"):
+        precision_recall(torch.zeros(a), torch.zeros(b))
+
+
+def test_diverged_features_have_no_precision():
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        precision_recall(torch.randn(9, 2), torch.full((9, 2), math.inf))

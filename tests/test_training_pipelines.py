@@ -455,6 +455,10 @@ def test_a_start_that_does_not_fit_is_refused(sana: Path, qwen: Path, lora_run: 
         trainer_of(lora_run, tmp_path, *LORA, "--dataset_name", str(sana.parent / "pictures"))
 
 
-def test_eval_scores_digits_only(lora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_of_a_model_without_a_benchmark_says_what_scores_it(
+    lora_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["eval", str(lora_run)]) == 2
-    assert "eval scores digits, and the finished model of" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "eval scores digits" in error and "and the finished model of" in error
+    assert "--prompts FILE with --clip-model PATH" in error

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apex_fast.data.digits import WORDS, Digits, label_of, prompts_for
+from apex_fast.evaluation.benchmark import DIVERSITY_SEEDS, Benchmark
 from apex_fast.evaluation.metrics import diversity_ratio, frechet_distance
 from apex_fast.sampler import sample
 
@@ -29,7 +30,6 @@ START_FOLDER = CLASSIFIER_PATH.parent / "digits_start"
 """The flow-matching start that ships with the package: a folder for ``SanaBackbone.from_pretrained``."""
 
 DIVERSITY_PROMPT = "a handwritten {}"
-DIVERSITY_SEEDS = 24
 
 
 class DigitClassifier(nn.Module):
@@ -128,13 +128,7 @@ def digit_floor(*, samples: int = 600, seed: int = 0, classifier: DigitClassifie
     """
     classifier = classifier or shipped_classifier()
     train, test = Digits.load("train"), _held_out(samples)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.cat(
-        [
-            members[torch.randperm(len(members), generator=generator)[: samples // len(WORDS)]]
-            for members in ((train.labels == label).nonzero().flatten() for label in range(len(WORDS)))
-        ]
-    )
+    chosen = _equal_shares(train, samples, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         distance = frechet_distance(classifier.features(train.images[chosen]), classifier.features(test.images))
     return {
@@ -155,6 +149,76 @@ def _held_out(samples: int) -> Digits:
         )
     chosen = torch.cat([(test.labels == label).nonzero().flatten()[:per_class] for label in range(len(WORDS))])
     return Digits(test.images[chosen], test.labels[chosen])
+
+
+class DigitsBenchmark(Benchmark):
+    """The digits as a benchmark: :func:`apex_fast.evaluation.benchmark.evaluate` draws the noise and the prompts that
+    :func:`evaluate_digits` draws, and so finds the same numbers.
+
+    There are 600 held-out scans, so ``real`` takes the first ones of each digit whatever the seed; that decides the
+    prompts alone.
+    """
+
+    name = "digits"
+    sample_shape = (1, 8, 8)
+    categories = WORDS
+    diversity_prompts = tuple(DIVERSITY_PROMPT.format(word) for word in WORDS)
+
+    def __init__(self, classifier: DigitClassifier | None = None) -> None:
+        self.classifier = classifier or shipped_classifier()
+
+    def real(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
+        test = _held_out(count)
+        return test.images, prompts_for(test.labels, torch.Generator().manual_seed(seed))
+
+    def train(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
+        _held_out(count)  # the same counts are refused
+        generator = torch.Generator().manual_seed(seed)
+        data = Digits.load("train")
+        chosen = _equal_shares(data, count, generator)
+        return data.images[chosen], prompts_for(data.labels[chosen], generator)
+
+    def category(self, prompt: str) -> str:
+        return WORDS[label_of(prompt)]
+
+    def right(self, images: Tensor, prompts: list[str]) -> Tensor:
+        wanted = torch.tensor([label_of(prompt) for prompt in prompts])
+        return self._predict(images).argmax(1) == wanted
+
+    @torch.no_grad()
+    def _predict(self, images: Tensor) -> Tensor:
+        return self.classifier(images)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        return self.classifier.features(images)
+
+    def real_of(self, prompt: str, count: int, *, seed: int) -> Tensor:
+        """Held-out scans of the digit, the first ones whatever the seed; there are 60."""
+        test = Digits.load("test")
+        members = test.images[test.labels == label_of(prompt)]
+        if not 1 <= count <= len(members):
+            raise ValueError(f"real_of: there are {len(members)} held-out scans of a digit, got count {count}")
+        return members[:count]
+
+    def other_of(self, prompt: str, count: int, *, seed: int) -> Tensor:
+        """Training scans of the digit, those of :meth:`train`."""
+        images, prompts = self.train(count * len(WORDS), seed=seed)
+        wanted = label_of(prompt)
+        return images[torch.tensor([label_of(own) == wanted for own in prompts])]
+
+    def noise_source(self, samples: int, *, seed: int) -> torch.Generator:
+        generator = torch.Generator().manual_seed(seed)
+        prompts_for(_held_out(samples).labels, generator)  # drawn before the noise, as evaluate_digits does
+        return generator
+
+
+def _equal_shares(data: Digits, count: int, generator: torch.Generator) -> Tensor:
+    """Positions of ``count`` scans of ``data``, equally many of each digit."""
+    labels = ((data.labels == label).nonzero().flatten() for label in range(len(WORDS)))
+    return torch.cat(
+        [members[torch.randperm(len(members), generator=generator)[: count // len(WORDS)]] for members in labels]
+    )
 
 
 @torch.no_grad()
