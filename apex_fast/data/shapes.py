@@ -51,7 +51,10 @@ BACKGROUND = (0.25, 0.75)
 NOISE = 0.03
 """Standard deviation of the noise on every channel of every pixel, in units of [0, 1]."""
 
-_SIZES = {1: (5.0, 9.0), 2: (4.5, 6.5), 3: (4.2, 5.5), 4: (4.0, 4.8)}
+TURN = 15.0
+"""The most that an object is turned, in degrees, either way; a triangle that is not turned stands on a side."""
+
+_SIZES = {1: (6.0, 10.0), 2: (4.8, 6.2), 3: (4.3, 5.5), 4: (4.0, 4.8)}
 """Radius in pixels of a picture with an edge of 32, by the number of objects."""
 _REACH = 1.15
 """What the corner of a triangle, the longest of the shapes, reaches in radii."""
@@ -243,7 +246,7 @@ def _render(scenes: list[Scene], generator: torch.Generator, resolution: int) ->
     low, high = _SIZES[count]
     radius = low + (high - low) * torch.rand(batch, count, generator=generator)
     centre = _places(scenes, radius, generator)
-    turn = 2 * math.pi * torch.rand(batch, count, generator=generator)
+    turn = math.radians(TURN) * (2 * torch.rand(batch, count, generator=generator) - 1)
     colour = _colours(scenes, generator)
     low, high = BACKGROUND
     grey = low + (high - low) * torch.rand(batch, 1, 1, 1, generator=generator)
