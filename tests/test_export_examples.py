@@ -21,9 +21,9 @@ SIZE = (32, 32)
 
 
 def test_these_are_all_configs_for_stock_pipelines() -> None:
-    """The digits have a text encoder of their own, and no stock pipeline."""
+    """The digits and the shapes have a text encoder of their own, and no stock pipeline."""
     configs = {path.stem for path in (ROOT / "examples").glob("*.yaml")}
-    assert configs - set(EXAMPLES) == {name for name in configs if name.startswith("digits")}
+    assert configs - set(EXAMPLES) == {name for name in configs if name.startswith(("digits", "shapes"))}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

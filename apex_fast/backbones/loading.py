@@ -203,9 +203,7 @@ def from_pretrained(
                 folder, index["text_encoder"][1], torch_dtype=torch_dtype, max_sequence_length=length
             )
         components = {"vae": own_vae(folder / "vae", backbone, torch_dtype)} if "vae" in index else {}
-        return backbone(
-            transformer, text=text, sample_size=index.get("sample_size"), components=components, **options
-        )
+        return backbone(transformer, text=text, sample_size=index.get("sample_size"), components=components, **options)
     left_out: dict[str, Any] = {}
     if not load_text_encoders:
         left_out.update(dict.fromkeys(backbone.text_parts))
