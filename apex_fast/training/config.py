@@ -255,7 +255,7 @@ class TrainConfig:
     dataset_name: str = setting(
         DIGITS,
         help="digits (the scanned digits that scikit-learn ships, with text prompts); shapes (coloured shapes, "
-        "rendered); a folder of pictures with "
+        "rendered); scenes (real drawings composed into scenes, rendered); a folder of pictures with "
         "metadata.jsonl (file_name, text) or a .txt caption beside each; .parquet files; WebDataset shards (.tar, with "
         "a pattern such as data-{000..031}.tar, on this machine or by http and https); a folder that datasets saved; "
         "or hub:OWNER/NAME, a data set on the Hugging Face hub.",
@@ -295,7 +295,7 @@ class TrainConfig:
     )
     max_train_samples: int | None = setting(
         None,
-        help="How many pictures of digits or shapes are trained on; null is all scans, and 20,000 rendered pictures.",
+        help="How many pictures of digits, shapes or scenes are trained on; null: all scans, 20,000 rendered ones.",
     )
     prompts: str | None = setting(
         None,
