@@ -122,8 +122,7 @@ def build(
     source = open_data(config)
     if isinstance(source, TextImages):
         raise SettingsError(
-            f"cache: dataset_name: {config.dataset_name} ships as what the network takes; there is nothing "
-            "to cache"
+            f"cache: dataset_name: {config.dataset_name} ships as what the network takes; there is nothing to cache"
         )
     parts = parts_of(config, download=True)
     plan = make_plan(config, parts, source, processes, overwrite=overwrite)
