@@ -370,14 +370,18 @@ def add_another(
     config.lora_dropout = 0.0
     if rank is not None:
         config.r = config.lora_alpha = rank
+        # A scale of 1 everywhere: rank-stabilised LoRA would make it sqrt(rank), and patterns have ranks of their own.
+        config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         _add(backbone, config, name)
+    # peft puts an adapter beside the weight that it adapts, which block offload keeps on the CPU meanwhile.
+    device = next(iter(_adapter(transformer, GENERATOR).values())).device
     parameters = _adapter(transformer, name)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(device, torch.float32)
     return parameters
 
 

@@ -264,14 +264,17 @@ class ApexObjective:
             self.ramp_steps = 100 if total is None else min(200, total // 8)
         if total is None or self.loss != "correction" or self.correction_weight == 0:
             return
-        if self.warmup_steps >= total:
+        # The last step in which the generator learns; -1 if there is none.
+        last = total // self.generator_every * self.generator_every - 1
+        if last < self.warmup_steps:
+            every = f" and generator_every={self.generator_every}" if self.generator_every > 1 else ""
             warnings.warn(
-                f"the correction never starts: warmup_steps={self.warmup_steps} of total_steps={total}, so the whole "
-                "run is warm-up and nothing is learnt about one step; lower warmup_steps or train longer",
+                f"the correction never starts: warmup_steps={self.warmup_steps}{every} of total_steps={total}, so "
+                "nothing is learnt about one step; lower them or train longer",
                 stacklevel=4,
             )
         elif self.warmup_steps + self.ramp_steps > total:
-            reached = self.correction_weight_at(total - 1)
+            reached = self.correction_weight_at(last)
             warnings.warn(
                 f"the correction ends at weight {reached:.3g} of {self.correction_weight:g}: warmup_steps="
                 f"{self.warmup_steps} and ramp_steps={self.ramp_steps} are more than total_steps={total}; "

@@ -120,8 +120,9 @@ class TimeDistribution:
             times = torch.tensor(self.values or (self.value,), dtype=wide)
             weights = torch.ones_like(times)
         elif self.kind == "uniform":
-            times = self._placed((torch.arange(points, dtype=wide) + 0.5) / points)
-            weights = torch.ones_like(times)
+            # Many points where the times are small: functions such as 1 / t vary most there.
+            roots = (torch.arange(points, dtype=wide) + 0.5) / points
+            times, weights = self._placed(roots**4), 4 * roots**3
         else:
             normal = torch.linspace(-16, 16, points, dtype=wide)
             times = self._placed(torch.sigmoid(self.mean + self.std * normal))

@@ -11,6 +11,7 @@ from apex_fast.backbones.base import Backbone
 from apex_fast.backbones.loading import backbone_class, own_vae
 from apex_fast.data import shapes
 from apex_fast.evaluation.benchmark import evaluate, open_benchmark
+from apex_fast.evaluation.cost import weight_bytes
 from apex_fast.generate import generate
 from apex_fast.training import autoencoder
 from apex_fast.training.config import load_config
@@ -144,8 +145,19 @@ def test_what_cannot_be_is_refused(fitted, pictures, tmp_path) -> None:
         autoencoder.new_vae("flux")
     with pytest.raises(ValueError, match="multiples of 4"):
         autoencoder.train_vae(pictures[:, :, :30], family, steps=1)
-    with pytest.raises(ValueError, match="at least one step"):
-        autoencoder.train_vae(pictures, family, steps=0)
+    for few in ({"steps": 0}, {"steps": 1, "batch_size": 0}):
+        with pytest.raises(ValueError, match="at least one step"):
+            autoencoder.train_vae(pictures, family, **few)
+    with pytest.raises(SystemExit):
+        autoencoder.main(["--resolution", "48", "--output", str(tmp_path / "vae")])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 11])
+def test_few_steps_have_a_schedule_too(pictures, steps) -> None:
+    """A tenth of them, over which the rate rises, is none or one."""
+    vae, errors = autoencoder.train_vae(pictures[:8], "sana", steps=steps, batch_size=2)
+    assert 0 < errors["absolute_error"] < 10
+    assert all(p.isfinite().all() for p in vae.parameters())
 
 
 def test_latents_are_decoded_before_they_are_scored(fitted) -> None:
@@ -156,5 +168,7 @@ def test_latents_are_decoded_before_they_are_scored(fitted) -> None:
     # An untrained network: noise, decoded. In the latents' own shape nothing could be scored at all.
     assert scores["frechet"] > 10 and scores["accuracy"] < 0.2
     assert scores["seconds_per_picture"] > scores["network_seconds"]
+    modules = (backbone.transformer, backbone.text, backbone.components["vae"])
+    assert scores["peak_bytes"] > sum(weight_bytes(module) for module in modules)
     with pytest.raises(ValueError, match=r"\[3, 64, 64\]"):
         evaluate(backbone, open_benchmark("shapes", 64), samples=60)

@@ -147,6 +147,27 @@ def test_a_row_is_there_as_soon_as_it_is_done(run: Path, monkeypatch: pytest.Mon
     assert main(["eval", str(run), *QUICK, "--no-real-data", "--out", str(run / "x.json")]) == 0
     assert "Frechet distance" in seen[0] and re.search(r"run, 1 step +0\.", seen[1])
     assert json.loads((run / "x.json").read_text())["floor"] is None
+    assert not (run / "x.partial.json").exists()
+
+
+def test_an_evaluation_that_is_stopped_leaves_its_rows(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    from apex_fast.evaluation import command
+
+    true, calls = command.evaluate, []
+
+    def evaluate(*args, **options):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(options)
+        return true(*args, **options)
+
+    monkeypatch.setattr(command, "evaluate", evaluate)
+    try:
+        assert main(["eval", str(run), *QUICK, "--out", str(tmp_path / "x.json")]) != 0
+    except KeyboardInterrupt:
+        pass
+    kept = json.loads((tmp_path / "x.partial.json").read_text())
+    assert len(kept["rows"]) == 1 and not (tmp_path / "x.json").exists()
 
 
 def test_another_model_beside_it(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -213,7 +234,7 @@ def test_a_shape_that_two_benchmarks_have_needs_a_name(
 
 def test_another_benchmark_than_the_models_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of([str(run), "--benchmark", "shapes"], capsys)
-    assert "samples of the shape [1, 8, 8], and those of the benchmark shapes are others; it fits digits" in error
+    assert "pictures of the shape [1, 8, 8], and those of the benchmark shapes are others; it fits digits" in error
 
 
 @pytest.mark.parametrize(
@@ -221,6 +242,9 @@ def test_another_benchmark_than_the_models_is_refused(run: Path, capsys: pytest.
     [
         ([], "say what to score: a RUN, or --pictures FOLDER"),
         (["RUN", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["RUN", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["RUN", "--stochasticity", "3"], "--stochasticity must lie in [0, 1], got 3"),
+        (["RUN", "--out", "card.md"], "--out card.md: expected the JSON file to write"),
         (["RUN", "--clip-model", "x"], "--clip-model is for --prompts FILE or --pictures FOLDER"),
         (["RUN", "--samples", "7"], "multiple of 10"),
         (["RUN", "--pictures", "x"], "leave one of them out"),
@@ -248,6 +272,13 @@ def test_lists_that_are_none(words: list[str], run: Path, capsys: pytest.Capture
 
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "runs/nowhere: no such folder" in error_of(["runs/nowhere"], capsys, code=1)
+
+
+def test_a_teacher_is_looked_at_before_anything_is_scored(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from apex_fast.evaluation import command
+
+    monkeypatch.setattr(command, "evaluate", lambda *args, **options: pytest.fail("scored before the teacher was seen"))
+    assert "runs/nowhere" in error_of([str(run), *QUICK, "--against", "runs/nowhere"], capsys, code=1)
 
 
 # ---- validations

@@ -431,3 +431,24 @@ def test_a_run_reaches_every_setting_by_its_key(tmp_path):
     assert [line["step"] for line in lines if "dv_rms" in line] == [2, 4, 6]
     assert [line["step"] for line in lines if "loss_supervised" in line] == [3, 6]
     assert all(math.isfinite(line["loss_consistency"]) and math.isfinite(line["loss_mix"]) for line in lines)
+
+
+def test_a_generator_that_never_learns_is_warned_about():
+    """A run that ends before the first step in which the generator learns trains nothing of one step."""
+    shift = ConditionShift(scale=-1.0, bias=0.5)
+    with pytest.warns(UserWarning, match="never starts: warmup_steps=10 and generator_every=500 of total_steps=300"):
+        ApexObjective(shift, generator_every=500, warmup_steps=10, ramp_steps=10, total_steps=300)
+    # Step 299 is the last of 300 that counts for every 100; with 320 steps it is still 299.
+    with pytest.warns(UserWarning, match="never starts"):
+        ApexObjective(shift, generator_every=100, warmup_steps=300, ramp_steps=1, total_steps=320)
+    with pytest.warns(UserWarning, match="ends at weight"):
+        ApexObjective(shift, generator_every=100, warmup_steps=290, ramp_steps=50, total_steps=320)
+
+
+@pytest.mark.parametrize("low", [1e-2, 1e-4, 1e-7])
+def test_the_mean_of_the_exact_factor_holds_near_zero(low):
+    """Integral of (1 - t)^2 / (2 t) over [low, 1], by hand: (-ln low - 2 (1 - low) + (1 - low^2) / 2) / 2."""
+    times = TimeDistribution("uniform", low=low)
+    exact = (-math.log(low) - 2 * (1 - low) + (1 - low**2) / 2) / 2 / (1 - low)
+    found = times.average(lambda t: (1 - t).square() / (2 * t))
+    assert found == pytest.approx(exact, rel=1e-4)

@@ -696,3 +696,17 @@ def test_a_peer_is_not_planned() -> None:
 
     with pytest.raises(PlanError, match="loss: dmd2 is not planned"):
         plan(TrainConfig(output_dir="runs/x", pretrained_model_name_or_path="digits_start", loss="dmd2"))
+
+
+def test_the_rank_of_a_fake_score_is_scaled_by_one(tmp_path: Path) -> None:
+    """Whatever the student's adapter is scaled by: rank-stabilised LoRA would make it sqrt(rank)."""
+    from tiny_runs import make_start
+
+    from apex_fast.backbones.base import Backbone
+    from apex_fast.lora import LoraSettings, add_another, add_lora
+
+    backbone = Backbone.from_pretrained(str(make_start(tmp_path / "start")))
+    add_lora(backbone, LoraSettings(rank=4, use_rslora=True), seed=0)
+    add_another(backbone, "fake", rank=16, seed=1)
+    scales = {layer.scaling["fake"] for layer in backbone.transformer.modules() if hasattr(layer, "scaling")}
+    assert scales == {1.0}

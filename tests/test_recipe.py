@@ -116,6 +116,14 @@ def test_a_trial_that_is_refused_or_diverges_is_a_row(tmp_path, one_thread):
     assert row["curve"][0]["step"] == 0 and row["set"]["learning_rate"] == 1e30
 
 
+def test_a_start_that_is_not_there_is_no_failure_of_the_trial(tmp_path, one_thread, capsys):
+    """It may be made later; a row would keep the trial from ever running."""
+    path = write(tmp_path, "- {name: early, why: its start comes later}", tmp_path / "start")
+    assert recipe.main(command(tmp_path)) == 3
+    assert "could not be run: FileNotFoundError" in capsys.readouterr().out
+    assert results(tmp_path).rows == {} and path.exists()
+
+
 def test_passes_are_counted_with_what_some_steps_leave_out(tmp_path, one_thread):
     text = """
     - name: every
@@ -208,7 +216,14 @@ def test_a_failed_trial_is_a_row_and_is_run_again_when_asked(tmp_path, quick):
     assert recipe.main(command(tmp_path)) == 0
     assert quick("crash-seed-0") == 1
     (tmp_path / "worker.py").write_text(WORKER.replace('== "crash"', '== "never"'))
-    assert recipe.main(command(tmp_path, "--retry")) == 0
+    # A second try that is stopped is a run that has begun: it is left, and the next one goes on with it.
+    (tmp_path / "worker.py").write_text(WORKER.replace('== "crash"', '== "never"').replace('"slow"', '"crash"'))
+    assert recipe.main(command(tmp_path, "--retry", "--max-minutes", "0.03")) == 3
+    assert results(tmp_path).rows.keys() == {("after", 0)}
+    checkpoint = tmp_path / "runs" / "tiny" / "crash-seed-0" / "checkpoint-10"
+    assert checkpoint.exists()
+    (tmp_path / "worker.py").write_text(WORKER.replace('== "crash"', '== "never"'))
+    assert recipe.main(command(tmp_path, "--retry")) == 0 and checkpoint.exists()
     assert "failed" not in results(tmp_path).rows["crash", 0] and quick("after-seed-0") == 1
 
 

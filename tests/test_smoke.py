@@ -119,7 +119,7 @@ def test_the_family_is_known_without_a_download(tmp_path: Path, model: str, fami
         ("Qwen/Qwen-Image", ("--family", "sana"), "family: sana, but Qwen/Qwen-Image is a qwen_image model"),
         ("digits_start", (), "this config's model is small already; write --max_train_steps 3"),
         ("a start", (), "this config's model is small already"),
-        ("Qwen/Qwen-Image", ("--dataset_name", "digits"), "digits are 8 x 8 grey pictures"),
+        ("Qwen/Qwen-Image", ("--dataset_name", "digits"), "digits is for networks without a VAE"),
     ],
 )
 def test_what_cannot_be_tried_small(

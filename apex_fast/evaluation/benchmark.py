@@ -184,7 +184,9 @@ def evaluate(
         "images_per_second": len(images) / seconds,
     }
     if cost:
-        scores |= cost_of_one_picture(sampler, prompts[0], network.sample_shape, network, velocity)
+        scores |= cost_of_one_picture(
+            sampler, prompts[0], network.sample_shape, network, velocity, *getattr(network, "components", {}).values()
+        )
     return scores
 
 
@@ -292,9 +294,12 @@ class Sampler:
 
     def draw(self, noise: Tensor, condition: Any, negative: Any, generator: torch.Generator | None) -> Tensor:
         """Pictures in fp32 on the CPU, in [-1, 1]."""
-        samples = self.sample(noise, condition, negative, generator)
+        return self.decode(self.sample(noise, condition, negative, generator))
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """What samples show, in fp32 on the CPU, in [-1, 1]."""
         decode = getattr(self.network, "decode", None)
-        return (samples if decode is None else decode(samples).float().cpu()).clamp(-1, 1)
+        return (samples if decode is None else decode(samples)).detach().float().cpu().clamp(-1, 1)
 
     def batches(
         self, noise: Tensor, prompts: list[str], batch_size: int, generator: torch.Generator
@@ -304,7 +309,8 @@ class Sampler:
         # One pass that is not timed: the first call of a shape allocates and, on a GPU, compiles.
         first = slice(0, batch_size)
         ones = torch.ones(len(noise[first]), device=condition.device)
-        self.velocity(noise[first].to(condition.device), ones, condition.index(first))
+        drawn = self.velocity(noise[first].to(condition.device), ones, condition.index(first))
+        self.decode(drawn)
         images, seconds = [], 0.0
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)

@@ -27,7 +27,7 @@ from apex_fast.command import NAME
 from apex_fast.data.shipped import SHIPPED
 from apex_fast.evaluation.benchmark import Benchmark, evaluate, floor, open_benchmark, picture_shape
 from apex_fast.evaluation.layouts import read_prompts
-from apex_fast.evaluation.metrics import frechet_distance, precision_recall
+from apex_fast.evaluation.metrics import NEIGHBOURS, frechet_distance, precision_recall
 from apex_fast.evaluation.pictures import (
     ClipScore,
     Features,
@@ -52,8 +52,9 @@ from apex_fast.evaluation.table import (
 )
 from apex_fast.generate import Generator, exported_base, generate_files, open_generator
 from apex_fast.training import environment
+from apex_fast.training.config import DIGITS_START
 from apex_fast.training.memory import release
-from apex_fast.training.models import device_of
+from apex_fast.training.models import device_of, is_hub_id
 from apex_fast.training.settings import SettingsError, read_yaml
 from apex_fast.training.timing import peak_bytes
 
@@ -83,12 +84,15 @@ def main(arguments: Sequence[str], *, offline: Callable[..., None]) -> int:
                 setattr(options, name, value)
         named = [(options.model, options.base), (options.against, None)]
         offline(*(base or exported_base(model) or model for model, base in named if model is not None))
-        report = run(options, shlex.join([NAME, "eval", *arguments]))
+        out = options.out or _place(options.model) / "eval.json"
+        partial = out.with_suffix(".partial.json")
+        report = run(options, shlex.join([NAME, "eval", *arguments]), partial)
     except ValueError as error:
         print(f"{NAME} eval: {error}", file=sys.stderr)
         return 2
-    for path in report.write(options.out or _place(options.model) / "eval.json"):
+    for path in report.write(out):
         print(path)
+    partial.unlink(missing_ok=True)
     return 0
 
 
@@ -196,8 +200,16 @@ def _list_of(kind: Callable[[str], Any], allowed: Callable[[Any], bool], such: s
 
 def _check(options: argparse.Namespace) -> None:
     """ValueError for options that do not go together, before anything is loaded."""
-    if options.seeds is not None and options.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
+    for name in ("seeds", "batch_size", "n"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.stochasticity is not None and not 0 <= options.stochasticity <= 1:
+        raise ValueError(f"--stochasticity must lie in [0, 1], got {options.stochasticity}")
+    if options.out is not None and (options.out.is_dir() or options.out.suffix in (".md", ".png")):
+        raise ValueError(
+            f"--out {options.out}: expected the JSON file to write, such as eval.json; the card and the plot go beside "
+            "it"
+        )
     by_pictures = options.prompts is not None or options.pictures is not None
     measures = [name for name in ("clip_model", "fid_real") if getattr(options, name) is not None]
     if options.model is None and options.pictures is None:
@@ -291,8 +303,8 @@ class OnBenchmark(Scorer):
             "of the benchmark's own small network; lower, higher and higher are better",
             "diversity: spread of the pictures of one prompt over seeds, as a share of that of real pictures",
             "ms/picture: one picture alone, from its text to its pixels; ms network: its sampling alone; images/s: in "
-            f"batches of {self._batch}, sampling alone; peak MB: weights, text encoder included, and the most that one "
-            "picture takes besides",
+            f"batches of {self._batch}, sampled and decoded; peak MB: weights, text encoder and VAE included, and the "
+            "most that one picture takes besides",
         )
 
     @property
@@ -342,6 +354,13 @@ class ByPictures(Scorer):
                 self.distance, heading = "frechet", "Frechet distance"
                 notes.append(f"Frechet distance: in the features of {options.fid_model}, not of Inception, so no FID")
             real = read_folder(options.fid_real)
+            drawn = None if self.prompts is None else len(self.prompts) * (options.n or 1)
+            if min(len(real), len(real) if drawn is None else drawn) <= NEIGHBOURS:
+                raise ValueError(
+                    f"--fid-real compares distributions: expected more than {NEIGHBOURS} pictures on both sides (in "
+                    f"earnest, thousands), got {len(real)} real ones"
+                    + ("" if drawn is None else f" and {drawn} to draw")
+                )
             self.of_real = features_of(self.features, real)
             columns += [Column(self.distance, heading), Column("precision", "precision"), Column("recall", "recall")]
             plotted.append((self.distance, heading, True))
@@ -479,8 +498,12 @@ class Report:
         )
 
 
-def run(options: argparse.Namespace, command: str = "") -> Report:
+def run(options: argparse.Namespace, command: str = "", partial: Path | None = None) -> Report:
     """Scores what ``options`` ask for and prints the tables.
+
+    Args:
+        partial: file that gets every row as soon as it is there, so that an evaluation that is stopped has not been for
+            nothing.
 
     Raises:
         ValueError: the model or the options do not fit the benchmark.
@@ -501,13 +524,24 @@ def run(options: argparse.Namespace, command: str = "") -> Report:
         scorer = OnBenchmark(_benchmark_of(options, model), options)
         model.network.to(device)
     ways = [Way(steps, guidance) for guidance in options.guidance_scale for steps in options.nfe]
+    if options.against is not None:
+        _look_at_teacher(options, scorer)
     names = [RUN, TEACHER] if options.against is not None else [RUN]
     labels = [Row(name, way.steps, way.guidance).label for name in names for way in ways]
     phrase = model.phrase
     print(f"{phrase} on {scorer.title}; {_seeds(seeds)}; {device}", flush=True)
     printer = Printer(scorer.columns, [*labels, REAL], len(seeds))
     printer.header()
-    rows = _rows(scorer, model, RUN, ways, seeds, printer)
+    finished: list[Row] = []
+
+    def keep(row: Row) -> None:
+        finished.append(row)
+        if partial is not None:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            kept = {"command": command, "seeds": seeds, "rows": [one.as_json() for one in finished]}
+            partial.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+    rows = _rows(scorer, model, RUN, ways, seeds, printer, keep)
     against = None
     if options.against is not None:
         del model
@@ -516,7 +550,7 @@ def run(options: argparse.Namespace, command: str = "") -> Report:
         against = teacher.phrase
         if options.prompts is None:
             teacher.network.to(device)
-        rows += _rows(scorer, teacher, TEACHER, ways, seeds, printer)
+        rows += _rows(scorer, teacher, TEACHER, ways, seeds, printer, keep)
     real = [scores for seed in seeds if (scores := scorer.real(seed)) is not None]
     if real:
         rows.append(Row(REAL, None, None, real))
@@ -529,12 +563,39 @@ def run(options: argparse.Namespace, command: str = "") -> Report:
     return Report(command, phrase, against, scorer, seeds, rows, comparisons, surroundings)
 
 
+def _look_at_teacher(options: argparse.Namespace, scorer: Scorer) -> None:
+    """A teacher that is not there or makes other pictures is told before the run is scored for minutes.
+
+    Raises:
+        FileNotFoundError, SettingsError: as :func:`open_generator`, and for a path that is not there.
+        ValueError: its pictures are not the benchmark's.
+    """
+    if not isinstance(scorer, OnBenchmark):
+        here = options.against == DIGITS_START or Path(options.against).exists()
+        if not here and not is_hub_id(options.against):
+            raise FileNotFoundError(f"--against {options.against}: there is no such folder; write a run or a model")
+        return
+    teacher = open_generator(options.against)
+    found, wanted = picture_shape(teacher.network), tuple(scorer.benchmark.sample_shape)
+    if found != wanted:
+        raise ValueError(
+            f"--against {options.against}: it makes pictures of the shape {list(found)}, and those of "
+            f"{scorer.benchmark.name} have {list(wanted)}"
+        )
+
+
 def _seeds(seeds: list[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
 def _rows(
-    scorer: Scorer, model: Generator, name: str, ways: Sequence[Way], seeds: Sequence[int], printer: Printer
+    scorer: Scorer,
+    model: Generator,
+    name: str,
+    ways: Sequence[Way],
+    seeds: Sequence[int],
+    printer: Printer,
+    keep: Callable[[Row], None],
 ) -> list[Row]:
     rows = []
     for way in ways:
@@ -547,6 +608,7 @@ def _rows(
             cost = cost or costs
             by_seed.append(scores)
         rows.append(Row(name, way.steps, way.guidance, by_seed, cost))
+        keep(rows[-1])
         printer.row(rows[-1])
     return rows
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NEIGHBOURS = 3
+"""k of :func:`precision_recall`, as in its paper."""
+
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Frechet distance between Gaussians fitted to two sets of features, in float64.
@@ -62,7 +65,7 @@ def diversity_ratio(samples: Tensor, labels: Tensor, data: Tensor, data_labels: 
     return sum(ratios) / len(ratios)
 
 
-def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, Eq. 1 and 2).
 
     Around each point of a set lies a ball that reaches to its ``k``-th nearest neighbour in the set; the union of the

@@ -108,8 +108,8 @@ class FakeScore:
                 parameter.requires_grad_(False)
 
     def update(self, step: int) -> None:
-        """A step of the optimizer on the gradients, which are cleared. Gradients that are not finite change no
-        weight: they are taken as zero, on the device."""
+        """A step of the optimizer on the gradients, which are cleared. Gradients that are not finite are
+        taken as zero, on the device: what the optimizer then does follows from its moments and its decay alone."""
         owned = [p for p in self.parameters.values() if p.grad is not None]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         finite = torch.nn.utils.clip_grad_norm_(owned, limit).isfinite()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -104,14 +105,17 @@ def train_vae(
         raise ValueError(
             f"train_vae: expected images [N, 3, H, W] with H and W multiples of {DOWN}, got {list(images.shape)}"
         )
-    if steps < 1:
-        raise ValueError(f"train_vae: at least one step is needed, got {steps}")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"train_vae: at least one step and one picture are needed, got {steps} and {batch_size}")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = new_vae(family)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    rise = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
     began = time.perf_counter()
     for step in range(steps):
         chosen = images[torch.randint(len(images), (batch_size,), generator=generator)]
@@ -159,6 +163,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     chosen = parser.parse_args(arguments)
+    if chosen.steps < 1 or chosen.batch_size < 1:
+        parser.error(f"--steps and --batch-size must be at least 1, got {chosen.steps} and {chosen.batch_size}")
+    if chosen.resolution not in (None, *SHIPPED[chosen.dataset].resolutions):
+        offered = " or ".join(map(str, SHIPPED[chosen.dataset].resolutions))
+        parser.error(f"--resolution: {chosen.dataset} has pictures of {offered} pixels, got {chosen.resolution}")
     data = load_shipped(chosen.dataset, resolution=chosen.resolution)
     images = data.images(torch.arange(len(data)))
     began = time.perf_counter()

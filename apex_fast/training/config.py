@@ -607,7 +607,12 @@ class TrainConfig:
                 "block_offload keeps frozen weights on the CPU, and real_branch: ema changes in every step; write "
                 "real_branch: frozen, or leave block_offload out"
             )
-        if self.rank is None and (self.real_branch_in_use != "frozen" or self.loss != "correction"):
+        if self.rank is None and self.loss != "correction":
+            raise SettingsError(
+                "block_offload moves the frozen weights of loss: correction or of a LoRA, and this is loss: "
+                f"{self.loss} with all parameters tuned; leave it out"
+            )
+        if self.rank is None and self.real_branch_in_use != "frozen":
             raise SettingsError(
                 "block_offload moves frozen weights, and this run has none: all parameters are tuned (rank: null) and "
                 f"real_branch is {self.real_branch_in_use}; write rank or real_branch: frozen, or leave it out"
@@ -621,6 +626,8 @@ class TrainConfig:
             raise SettingsError(f"peer.{error}") from None
         if self.loss not in PEERS:
             return
+        if self.shift_learning_rate is not None:
+            raise SettingsError(f"shift_learning_rate: loss: {self.loss} has no condition shift; leave it out")
         if self.loss in ("rcgm", "twinflow"):
             kind = TwinFlow if self.loss == "twinflow" else Rcgm
             try:
@@ -648,8 +655,6 @@ class TrainConfig:
                 f"compile: the fake score of loss: {self.loss} would run uncompiled beside a compiled student; leave "
                 "it out"
             )
-        if self.shift_learning_rate is not None:
-            raise SettingsError(f"shift_learning_rate: loss: {self.loss} has no condition shift; leave it out")
         if self.loss == "dmd2" and self.rank is not None:
             if self.quantization is not None:
                 raise SettingsError(

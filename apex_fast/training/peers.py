@@ -121,7 +121,11 @@ def _fake_adapter(config: TrainConfig, backbone: Backbone, velocities: Velocitie
         switch = AdapterSwitch(frozen.transformer)
         frozen.recompute_states.append(switch.recompute_state)
         parameters = {name: p for name, p in frozen.transformer.named_parameters() if p.requires_grad}
+        if config.activation_offload:
+            frozen.offload = Offload(frozen.transformer, activations=True)
         velocities.real = AdapterRole(teacher, switch, ())
+        # peft has renamed the copy's parameters; it stays what it is, so there is no state of it to keep.
+        velocities._copy, velocities._own = None, ()
         return AdapterRole(teacher, switch, (GENERATOR,)), parameters, Copies(networks=2, trained=1, adapters=1)
     roles: Any = velocities
     before = roles.switch.active

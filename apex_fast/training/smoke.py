@@ -188,7 +188,16 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         rank=None if config.rank is None else RANK,
         lora_alpha=alpha,
         lr_warmup_steps=min(1, config.lr_warmup_steps),
-        objective=dataclasses.replace(config.objective, warmup_steps=1, ramp_steps=1),
+        objective=dataclasses.replace(
+            config.objective,
+            warmup_steps=1,
+            ramp_steps=1,
+            # Every term in these few steps.
+            generator_every=min(2, config.objective.generator_every),
+            supervised_every=min(2, config.objective.supervised_every),
+        ),
+        # Shares of a larger batch.
+        peer=dataclasses.replace(config.peer, shares=type(config.peer)().shares),
         validation_steps=STEPS if config.validates else None,
         validation_minutes=None,
         validation_images_per_prompt=1,

@@ -15,20 +15,28 @@ besides, which the profiler sees.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apex_fast.training.config import TrainConfig
 from apex_fast.training.loop import Trainer
 
 STEPS = 12
-"""Steps that are counted: what happens in every 2nd, 3rd, 4th or 6th step is met as often as it should be."""
+"""Steps that are counted, at least."""
+
+
+def steps_of(config: TrainConfig) -> int:
+    """Steps that are counted of a run: what happens in every n-th of them is met as often as it should be."""
+    every = math.lcm(config.objective.generator_every, config.objective.supervised_every)
+    return every * math.ceil(STEPS / every)
 
 
 class StepMeter:
-    """Measures ``STEPS`` steps of ``trainer`` from when :meth:`begin` is called to :meth:`end`."""
+    """Measures the steps of ``trainer`` from when :meth:`begin` is called to :meth:`end`."""
 
     def __init__(self, trainer: Trainer, foreign: Iterable[Tensor] = ()) -> None:
         """foreign: tensors that are not the training's."""

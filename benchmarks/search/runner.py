@@ -203,6 +203,9 @@ class Queue:
                 lock.release()
                 raise SettingsError(f"{folder} holds something that this queue has not written; move it away")
             shutil.rmtree(folder, ignore_errors=True)
+        if failed:
+            # From here on it is a run that has begun, like any other: it goes on where it is stopped.
+            results.mark(job)
         folder.mkdir(parents=True, exist_ok=True)
         row = self._finished(folder, job)
         if row is not None:  # by a process whose queue was gone before it could take the row
@@ -264,7 +267,8 @@ class Queue:
         """Whether what lies in ``folder`` is a run with the settings of ``job``."""
         try:
             asked = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
-            return job.same_result(flat(asked["settings"]))
+            same_curve = not job.trains or asked["curve_samples"] == job.suite.curve_samples
+            return same_curve and job.same_result(flat(asked["settings"]))
         except (OSError, ValueError, KeyError):
             return False
 

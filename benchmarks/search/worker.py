@@ -80,12 +80,12 @@ class Watch:
             self._meter, self._begun = measure.StepMeter(trainer, self.foreign), trainer.step
         last = trainer.config.max_train_steps
         if self._meter.running:
-            if self._meter.steps >= measure.STEPS or trainer.step >= last:
+            if self._meter.steps >= measure.steps_of(trainer.config) or trainer.step >= last:
                 append(self.file, [{"step": trainer.step, **self._meter.end()}])
                 self._measured = True
             return
         # Once the correction has its weight, unless the run ends before; or where it goes on after that.
-        wanted = min(trainer.course.settled + 1, max(last - measure.STEPS, 0))
+        wanted = min(trainer.course.settled + 1, max(last - measure.steps_of(trainer.config), 0))
         if trainer.step == max(wanted, self._begun) and trainer.step < last:
             self._meter.begin()
 
@@ -161,7 +161,8 @@ def _trainer(folder: Path, asked: dict[str, Any], callback: Watch) -> Trainer:
     keys = {"output_dir": str(folder), "checkpointing_steps": max(1, asked["settings"]["max_train_steps"] // 20)}
     values = {**asked["settings"], **keys, "checkpoints_total_limit": 1, "device": asked["device"]}
     # At every tenth of the run there is a line, so that the seconds up to there are known.
-    values["logging_steps"] = max(1, asked["settings"]["max_train_steps"] // 200)
+    tenth = max(1, asked["settings"]["max_train_steps"] // CURVE_POINTS)
+    values["logging_steps"] = max(divisor for divisor in range(1, max(1, tenth // 20) + 1) if tenth % divisor == 0)
     begun = (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoint-*"))
     config = build(TrainConfig, {**values, "resume_from_checkpoint": "latest" if begun else None}, source=TRIAL)
     try:
@@ -238,8 +239,8 @@ def work(folder: Path) -> int:
         found = run_trial(folder, asked)
     except Stopped as stop:
         return stop.exit_code
-    except (ImportError, SyntaxError):
-        raise  # of the installation, not of the trial
+    except (ImportError, SyntaxError, OSError, MemoryError):
+        raise  # of the installation, the machine or a start that is not there, not of the trial
     except Exception as error:  # whatever a trial dies of, the others go on
         traceback.print_exc()
         kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
