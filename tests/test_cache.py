@@ -335,7 +335,7 @@ def test_a_named_cache_that_is_not_there_is_an_error(sana: Path, tmp_path: Path)
 def test_nothing_to_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--output_dir", str(tmp_path / "run"), "--pretrained_model_name_or_path", "digits_start"]
     assert main(["cache", *words]) == 2
-    assert "the digits are small and are not encoded" in capsys.readouterr().err
+    assert "digits ships as what the network takes" in capsys.readouterr().err
 
 
 # ---- space, many processes

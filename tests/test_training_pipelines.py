@@ -460,5 +460,5 @@ def test_eval_of_a_model_without_a_benchmark_says_what_scores_it(
 ) -> None:
     assert main(["eval", str(lora_run)]) == 2
     error = capsys.readouterr().err
-    assert "eval scores digits" in error and "and the finished model of" in error
+    assert "shapes and scenes have, and it was trained on" in error and "name one of them with --benchmark" in error
     assert "--prompts FILE with --clip-model PATH" in error
