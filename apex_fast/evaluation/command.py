@@ -665,8 +665,8 @@ def _benchmark_of(options: argparse.Namespace, model: Generator) -> Benchmark:
     if name is None:
         known = "nothing says what it was trained on" if trained is None else f"it was trained on {trained}"
         raise SettingsError(
-            f"{makes}, which {' and '.join(fitting)} have, and {known}; name one of them with --benchmark, or score its "
-            "pictures of your own prompts: --prompts FILE with --clip-model PATH, or with --fid-real FOLDER"
+            f"{makes}, which {' and '.join(fitting)} have, and {known}; name one of them with --benchmark, or score "
+            "its pictures of your own prompts: --prompts FILE with --clip-model PATH, or with --fid-real FOLDER"
         )
     if name not in fitting:
         raise SettingsError(f"{makes}, and those of the benchmark {name} are others; it fits {', '.join(fitting)}")
