@@ -277,9 +277,8 @@ def write_folder(target: Path, write: Callable[[Path], None], processes: Process
         except Exception as error:
             if not no_space(error):
                 raise
+            # The folder goes once all processes have ended (below): another one may still be writing into it.
             written = sum(p.stat().st_size for p in _files(partial)) if partial.is_dir() else 0
-            if team.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(_told_no_space(target, written, error)) from error
 
     def settle() -> dict[str, Any]:
