@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apex_fast.evaluation import cost
+
 from .machine import synchronise
 
 Call = Callable[[], object]
@@ -120,28 +122,9 @@ def _run_block(call: Call, count: int, timing: Timing, device: str) -> None:
 
 
 def peak_extra_bytes(call: Call, device: str = "cpu") -> int:
-    """Most bytes of tensor memory that ``call`` holds at one time above what was held before, its results included.
-
-    Read from torch's allocator (on a CPU through the profiler), so that memory taken inside kernels and by compiled
-    code counts.
-    """
-    call()
-    if device == "cuda":
-        synchronise(device)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = call()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
-    live = peak = 0
-    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    del result
-    return peak
+    """Most bytes of tensor memory that ``call`` holds at one time above what was held before; see
+    :func:`apex_fast.evaluation.cost.peak_extra_bytes`."""
+    return cost.peak_extra_bytes(call, torch.device(device))
 
 
 class MovedBytes(TorchDispatchMode):

@@ -88,6 +88,43 @@ class Benchmark(ABC):
         return torch.Generator().manual_seed(seed)
 
 
+class RenderedBenchmark(Benchmark):
+    """A benchmark whose pictures the project renders, at any of the resolutions of its data set.
+
+    Raises:
+        ValueError: another resolution.
+    """
+
+    def __init__(self, resolution: int = 32) -> None:
+        offered = SHIPPED[self.name].resolutions
+        if resolution not in offered:
+            raise ValueError(f"the {self.name} have {' or '.join(map(str, offered))} pixels, got {resolution}")
+        self.resolution = resolution
+        self.sample_shape = (3, resolution, resolution)
+
+    @abstractmethod
+    def load(self, split: str, count: int, seed: int) -> Any:
+        """``count`` pictures of a split, with ``images`` and ``prompts``, the categories in turn."""
+
+    def real(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
+        """Pictures of the test split and their prompts; ``count`` has to be a multiple of the number of categories."""
+        return self._split("test", count, seed)
+
+    def train(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
+        """Pictures of the training split and their prompts, as :meth:`real`."""
+        return self._split("train", count, seed)
+
+    def _split(self, split: str, count: int, seed: int) -> tuple[Tensor, list[str]]:
+        shares = len(self.categories)
+        if count < 1 or count % shares:
+            raise ValueError(
+                f"the {shares} categories of the {self.name} have equal shares, so the number of pictures has to be a "
+                f"multiple of {shares}, got {count}"
+            )
+        data = self.load(split, count, seed)
+        return data.images, data.prompts
+
+
 def open_benchmark(name: str, resolution: int | None = None) -> Benchmark:
     """The benchmark of that name, for pictures with an edge of ``resolution`` pixels (None: the data set's first).
 

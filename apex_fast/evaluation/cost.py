@@ -86,10 +86,17 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
+    peak = profiled_peak(profile)
+    del result
+    return peak
+
+
+def profiled_peak(profile: torch.profiler.profile) -> int:
+    """Most bytes of tensors on the CPU that a finished profile with ``profile_memory`` saw above those at its
+    beginning."""
     live = peak = 0
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    del result
     return peak

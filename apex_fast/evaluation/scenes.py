@@ -48,7 +48,7 @@ from apex_fast.data.scenes import (
     parse,
     render,
 )
-from apex_fast.evaluation.benchmark import Benchmark
+from apex_fast.evaluation.benchmark import RenderedBenchmark
 from apex_fast.evaluation.metrics import frechet_distance
 
 READER_PATH = Path(__file__).parent.parent / "assets" / "scenes_reader.safetensors"
@@ -365,7 +365,7 @@ def _fits(scene: Scene, found: list[Found], colour: str) -> bool:
     return bool(holds(scene.relation, dx, dy))
 
 
-class ScenesBenchmark(Benchmark):
+class ScenesBenchmark(RenderedBenchmark):
     """The scenes at 32 or 64 pixels; what a picture shows is decided by :func:`right`.
 
     Real pictures are rendered for the call, the same for the same arguments. Those of the test split show combinations
@@ -376,29 +376,13 @@ class ScenesBenchmark(Benchmark):
     categories = CATEGORIES
 
     def __init__(self, resolution: int = 32) -> None:
-        if resolution not in RESOLUTIONS:
-            raise ValueError(f"the scenes have {' or '.join(map(str, RESOLUTIONS))} pixels, got {resolution}")
-        self.resolution = resolution
-        self.sample_shape = (3, resolution, resolution)
+        super().__init__(resolution)
         # Which combinations are held out is decided by a hash, so these are drawn and not written down.
         self.diversity_prompts = tuple(draw_prompts(12, torch.Generator().manual_seed(0), split="test"))
 
-    def real(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
-        """Pictures of the test split and their prompts; ``count`` has to be a multiple of the number of categories."""
-        return self._split("test", count, seed)
-
-    def train(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
-        """Pictures of the training split and their prompts, as :meth:`real`."""
-        return self._split("train", count, seed)
-
-    def _split(self, split: str, count: int, seed: int) -> tuple[Tensor, list[str]]:
-        if count < 1 or count % len(CATEGORIES):
-            raise ValueError(
-                f"the {len(CATEGORIES)} categories of the scenes have equal shares, so the number of pictures has to "
-                f"be a multiple of {len(CATEGORIES)}, got {count}"
-            )
-        data = Scenes.load(split, count=count, resolution=self.resolution, seed=seed)
-        return data.images, data.prompts
+    def load(self, split: str, count: int, seed: int) -> Scenes:
+        """See :meth:`Scenes.load`."""
+        return Scenes.load(split, count=count, resolution=self.resolution, seed=seed)
 
     def category(self, prompt: str) -> str:
         """One of ``CATEGORIES``."""

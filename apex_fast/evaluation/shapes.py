@@ -55,7 +55,7 @@ from apex_fast.data.shapes import (
     render,
     render_scenes,
 )
-from apex_fast.evaluation.benchmark import Benchmark
+from apex_fast.evaluation.benchmark import RenderedBenchmark
 from apex_fast.evaluation.metrics import frechet_distance
 from apex_fast.extras import require
 
@@ -410,7 +410,7 @@ def shipped_features() -> ShapesFeatures:
     return ShapesFeatures.load()
 
 
-class ShapesBenchmark(Benchmark):
+class ShapesBenchmark(RenderedBenchmark):
     """The shapes at 32 or 64 pixels; what a picture shows is decided by :func:`right`.
 
     All real pictures are rendered when asked for, the same ones for the same arguments.
@@ -433,28 +433,9 @@ class ShapesBenchmark(Benchmark):
         "a red circle and a cyan square",
     )
 
-    def __init__(self, resolution: int = 32) -> None:
-        if resolution not in RESOLUTIONS:
-            raise ValueError(f"the shapes have {' or '.join(map(str, RESOLUTIONS))} pixels, got {resolution}")
-        self.resolution = resolution
-        self.sample_shape = (3, resolution, resolution)
-
-    def real(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
-        """Pictures of the test split and their prompts; ``count`` has to be a multiple of the number of categories."""
-        return self._split("test", count, seed)
-
-    def train(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
-        """Pictures of the training split and their prompts, as :meth:`real`."""
-        return self._split("train", count, seed)
-
-    def _split(self, split: str, count: int, seed: int) -> tuple[Tensor, list[str]]:
-        if count < 1 or count % len(CATEGORIES):
-            raise ValueError(
-                f"the {len(CATEGORIES)} categories of the shapes have equal shares, so the number of pictures has to "
-                f"be a multiple of {len(CATEGORIES)}, got {count}"
-            )
-        data = Shapes.load(split, count=count, resolution=self.resolution, seed=seed)
-        return data.images, data.prompts
+    def load(self, split: str, count: int, seed: int) -> Shapes:
+        """See :meth:`Shapes.load`."""
+        return Shapes.load(split, count=count, resolution=self.resolution, seed=seed)
 
     def category(self, prompt: str) -> str:
         """One of ``CATEGORIES``."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apex_fast.evaluation.cost import profiled_peak
 from apex_fast.training.config import TrainConfig
 from apex_fast.training.loop import Trainer
 
@@ -125,11 +126,7 @@ class StepMeter:
             torch.cuda.synchronize(self.trainer.device)
             return torch.cuda.max_memory_allocated(self.trainer.device)
         self._profile.__exit__(None, None, None)
-        live = peak = 0
-        events = (event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]")
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
+        peak = profiled_peak(self._profile)
         self._profile = None
         return self._resident + peak
 
