@@ -24,7 +24,8 @@ import torch
 
 from apex_fast import _library, info
 from apex_fast.command import command_name
-from apex_fast.training.config import DIGITS_START, TrainConfig, load_config
+from apex_fast.shipped import is_shipped
+from apex_fast.training.config import TrainConfig, load_config
 from apex_fast.training.phases import size
 from apex_fast.training.settings import SettingsError
 from apex_fast.version import __version__
@@ -266,7 +267,8 @@ def _device(found: _Findings) -> Iterator[Check]:
 
 
 def _is_small(config: TrainConfig) -> bool:
-    return config.pretrained_model_name_or_path in (None, DIGITS_START)
+    name = config.pretrained_model_name_or_path
+    return name is None or is_shipped(name)
 
 
 # ---- what is read

@@ -19,7 +19,6 @@ from apex_fast.condition import Condition
 from apex_fast.evaluation.layouts import Layout, LayoutName, Prompt, as_picture
 from apex_fast.lora import WEIGHTS, load_lora, load_start_lora
 from apex_fast.sampler import sample
-from apex_fast.training.config import DIGITS_START
 from apex_fast.training.encoding import encode_text, move_parts
 from apex_fast.training.guidance import combine
 from apex_fast.training.memory import during, release
@@ -94,7 +93,7 @@ def open_generator(
                 "weight_dtype: a run or a saved model says itself how its weights are stored; leave it out"
             )
         network, phrase = load_generator(model, base=base)
-        record = None if str(model) == DIGITS_START else Record.read(find_result(model).folder)
+        record = Record.read(find_result(model).folder)
         return Generator(network, phrase, None if record is None else record.resolution)
     if base is not None:
         raise ValueError(f"base: {model} is the base itself; leave --base out")

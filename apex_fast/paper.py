@@ -15,6 +15,12 @@ from . import ops
 from .roles import StepInputs, Terms, generate, query, shifted, start, trained
 from .schedules import Backward, NoSync, quiet
 
+OWN_FIELDS = ("paper_fake_weight", "paper_mix_weight", "fresh", "detach_x_fake")
+"""Fields of :class:`apex_fast.ApexObjective` that this loss alone reads."""
+
+SHARED_FIELDS = ("mix_weight", "paper_times", "clip")
+"""Those that it reads as the correction loss does, ``clip`` for its statistics alone; all others are that loss's."""
+
 
 def all_graphs(inputs: StepInputs) -> Terms:
     """Both terms with their graphs alive."""

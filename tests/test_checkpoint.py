@@ -623,10 +623,10 @@ def test_a_lock_goes_to_the_newest_trainer_of_a_process_and_ends_with_it(tiny_st
     folder = tmp_path / "new" / "run"
     first = Trainer(load_config(None, keys(tiny_start, folder)))
     second = Trainer(load_config(None, keys(tiny_start, folder)))
-    assert second._lock.held and not first._lock.held
+    assert second.folder.held and not first.folder.held
     del first
     gc.collect()
-    assert second._lock.held and (folder / ".lock").is_file()
+    assert second.folder.held and (folder / ".lock").is_file()
     del second
     gc.collect()
     assert not (tmp_path / "new").exists(), "a trainer that never ran leaves nothing"

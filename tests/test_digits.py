@@ -11,11 +11,11 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 
 from apex_fast.evaluation.digits import (  # noqa: E402
     CLASSIFIER_PATH,
-    START_FOLDER,
     DigitClassifier,
     digit_floor,
     evaluate_digits,
 )
+from apex_fast.shipped import shipped_folder  # noqa: E402
 
 
 def test_splits_partition_the_scans():
@@ -206,11 +206,11 @@ def start():
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'apex_fast[train]'")
     from apex_fast.backbones.sana import SanaBackbone
 
-    return SanaBackbone.from_pretrained(START_FOLDER)
+    return SanaBackbone.from_pretrained(shipped_folder("digits_start"))
 
 
 def test_the_start_is_small_and_holds_no_pickle():
-    files = [path for path in START_FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in shipped_folder("digits_start").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 

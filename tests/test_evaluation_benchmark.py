@@ -11,7 +11,8 @@ from apex_fast.condition import Condition
 from apex_fast.data.digits import WORDS, Digits, label_of
 from apex_fast.evaluation.benchmark import evaluate, floor, open_benchmark
 from apex_fast.evaluation.cost import peak_extra_bytes, weight_bytes
-from apex_fast.evaluation.digits import START_FOLDER, DigitsBenchmark, digit_floor, evaluate_digits
+from apex_fast.evaluation.digits import DigitsBenchmark, digit_floor, evaluate_digits
+from apex_fast.shipped import shipped_folder
 
 BENCHMARK = DigitsBenchmark()
 SAME = ("frechet", "accuracy", "diversity")
@@ -22,7 +23,7 @@ def start():
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'apex_fast[train]'")
     from apex_fast.backbones.sana import SanaBackbone
 
-    return SanaBackbone.from_pretrained(START_FOLDER)
+    return SanaBackbone.from_pretrained(shipped_folder("digits_start"))
 
 
 class Replay:

@@ -16,7 +16,7 @@ from tiny_runs import losses, make_pipeline, pipeline_keys
 from apex_fast.backbones.base import Backbone
 from apex_fast.cli import main
 from apex_fast.generate import generate
-from apex_fast.training import loop, memory, validation
+from apex_fast.training import loop, memory, saving, validation
 from apex_fast.training.checkpoint import checkpoints
 from apex_fast.training.config import load_config
 from apex_fast.training.loop import Trainer
@@ -116,7 +116,7 @@ def test_release_collects_before_it_empties_the_cache(monkeypatch: pytest.Monkey
         (loop, "load_backbone", "loading the model"),
         (loop, "encode_data", "encoding pictures and prompts"),
         (Trainer, "_one_step", "step 0"),
-        (loop, "save_trained", "writing the finished model"),
+        (saving, "save_trained", "writing the finished model"),
     ],
 )
 def test_running_out_of_memory_is_one_line_with_a_command(

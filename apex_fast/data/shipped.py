@@ -28,7 +28,10 @@ class Shipped:
     channels: int
 
 
-SHIPPED = {"digits": Shipped((8,), 1), "shapes": Shipped((32, 64), 3), "scenes": Shipped((32, 64), 3)}
+DIGITS = "digits"
+"""Name of the data set that ships with scikit-learn, the default."""
+
+SHIPPED = {DIGITS: Shipped((8,), 1), "shapes": Shipped((32, 64), 3), "scenes": Shipped((32, 64), 3)}
 """By the name that ``dataset_name`` has for it."""
 
 
@@ -50,7 +53,7 @@ def load_shipped(name: str, *, resolution: int | None = None, count: int | None 
         raise ValueError(f"{name} has pictures of {' or '.join(map(str, offered))} pixels, got resolution {resolution}")
     if count is not None and count < 1:
         raise ValueError(f"{name}: at least one picture is needed, got {count}")
-    if name == "digits":
+    if name == DIGITS:
         return _digits(count)
     from apex_fast.data import scenes, shapes
     from apex_fast.training.batches import TextImages

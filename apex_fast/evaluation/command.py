@@ -51,8 +51,8 @@ from apex_fast.evaluation.table import (
     plot,
 )
 from apex_fast.generate import Generator, exported_base, generate_files, open_generator
+from apex_fast.shipped import is_shipped
 from apex_fast.training import environment
-from apex_fast.training.config import DIGITS_START
 from apex_fast.training.memory import release
 from apex_fast.training.models import device_of, is_hub_id
 from apex_fast.training.settings import SettingsError, read_yaml
@@ -571,7 +571,7 @@ def _look_at_teacher(options: argparse.Namespace, scorer: Scorer) -> None:
         ValueError: its pictures are not the benchmark's.
     """
     if not isinstance(scorer, OnBenchmark):
-        here = options.against == DIGITS_START or Path(options.against).exists()
+        here = is_shipped(options.against) or Path(options.against).exists()
         if not here and not is_hub_id(options.against):
             raise FileNotFoundError(f"--against {options.against}: there is no such folder; write a run or a model")
         return

@@ -22,12 +22,10 @@ from apex_fast.data.digits import WORDS, Digits, label_of, prompts_for
 from apex_fast.evaluation.benchmark import DIVERSITY_SEEDS, Benchmark
 from apex_fast.evaluation.metrics import diversity_ratio, frechet_distance
 from apex_fast.sampler import sample
+from apex_fast.shipped import ASSETS
 
-CLASSIFIER_PATH = Path(__file__).parent.parent / "assets" / "digit_classifier.safetensors"
+CLASSIFIER_PATH = ASSETS / "digit_classifier.safetensors"
 """The classifier that ships with the package."""
-
-START_FOLDER = CLASSIFIER_PATH.parent / "digits_start"
-"""The flow-matching start that ships with the package: a folder for ``SanaBackbone.from_pretrained``."""
 
 DIVERSITY_PROMPT = "a handwritten {}"
 

@@ -20,8 +20,9 @@ from apex_fast.backbones.base import Backbone
 from apex_fast.backbones.loading import backbone_class, family_of, read_json
 from apex_fast.extras import require
 from apex_fast.lora import GENERATOR, START, WEIGHTS
+from apex_fast.shipped import is_shipped
 from apex_fast.training.checkpoint import checkpoints, load_state, step_of
-from apex_fast.training.config import DIGITS_START, UNSHIFTED
+from apex_fast.training.losses import UNSHIFTED
 from apex_fast.training.models import is_hub_id, load_found, pretrained_folder, start_lora_file
 from apex_fast.training.provenance import licence_of
 from apex_fast.training.results import INDEX, Found, Record, find_result, has_own_text
@@ -250,7 +251,7 @@ def open_source(run: str | Path, *, base: str | None = None, ema: str | None = N
             f"export: {found.folder} is a whole pipeline and nothing that apex-fast train left, so it needs no export"
         )
     base = record.base if base is None else base
-    if base == DIGITS_START or (Path(base).is_dir() and has_own_text(Path(base))):
+    if is_shipped(base) or (Path(base).is_dir() and has_own_text(Path(base))):
         raise SettingsError(f"export: {found.phrase} is a LoRA on {base}: {own}")
     place = record.base if Path(record.base).is_dir() else base
     if base != record.base:

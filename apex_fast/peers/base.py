@@ -116,9 +116,11 @@ class Peer(ABC):
         passes: of one step, a pass being that of a whole batch; parts of a batch count as parts. Where gradients are
             accumulated over several batches, each costs that.
         copies: the weights that are held.
+        reads: fields of :class:`PeerSettings` that the method reads itself.
     """
 
     name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,

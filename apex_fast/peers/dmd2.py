@@ -143,6 +143,7 @@ class Dmd2(Peer):
     """DMD2 without its GAN term; the teacher is ``velocities.real``."""
 
     name: ClassVar[str] = "dmd2"
+    reads: ClassVar[tuple[str, ...]] = ("fake_steps", "fake_times", "query_times", "generator_steps")
 
     def __init__(
         self, velocities: Velocities, settings: PeerSettings, fake: FakeScore, *, copies: Copies, **options: Any

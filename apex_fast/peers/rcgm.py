@@ -120,6 +120,15 @@ class Rcgm(Peer):
     """
 
     name: ClassVar[str] = "rcgm"
+    reads: ClassVar[tuple[str, ...]] = (
+        "order",
+        "step_size",
+        "residual_clip",
+        "metric",
+        "shares",
+        "target_times",
+        "base_times",
+    )
     parts: ClassVar[int] = 3
 
     def __init__(

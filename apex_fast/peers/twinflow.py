@@ -42,6 +42,7 @@ class TwinFlow(Rcgm):
     """TwinFlow; roles and options as for :class:`~apex_fast.peers.rcgm.Rcgm`, with a fourth part of the batch."""
 
     name: ClassVar[str] = "twinflow"
+    reads: ClassVar[tuple[str, ...]] = (*Rcgm.reads, "query_times", "rectify_weight")
     parts: ClassVar[int] = 4
 
     @property

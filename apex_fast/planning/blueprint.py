@@ -166,9 +166,9 @@ def blueprint(name_or_path: str) -> Blueprint:
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        from apex_fast.training.config import DIGITS_START
+        from apex_fast.shipped import is_shipped
 
-        if name_or_path == DIGITS_START:
+        if is_shipped(name_or_path):
             from apex_fast.training.models import pretrained_folder
 
             return _from_folder(name_or_path, pretrained_folder(name_or_path))

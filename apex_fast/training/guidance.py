@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apex_fast.backbones.base import Backbone, TeacherGuidance
-from apex_fast.training.config import PEERS, TrainConfig
+from apex_fast.training.config import TrainConfig
+from apex_fast.training.losses import PEERS
 from apex_fast.training.settings import SettingsError
 from apex_fast.velocities import Guide
 

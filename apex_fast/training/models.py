@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from apex_fast.backbones.base import Backbone
 from apex_fast.extras import require
 from apex_fast.lora import DTYPES
+from apex_fast.shipped import is_shipped, shipped_folder, shipped_names
 from apex_fast.training.checkpoint import CheckpointError, load_state, replaced
-from apex_fast.training.config import DIGITS_START
 from apex_fast.training.ema import chosen_average
 from apex_fast.training.results import INDEX, MODEL_FOLDER, TRANSFORMER, Found, Record, find_result, load_weights
 from apex_fast.training.settings import SettingsError
@@ -43,19 +43,11 @@ def is_hub_id(name_or_path: str) -> bool:
 
 
 def pretrained_folder(name_or_path: str) -> Path:
-    """The folder of a pretrained model here; ``digits_start`` is the one that ships, a run means its ``model/``.
+    """The folder of a pretrained model here; the name of one that ships means that, a run its ``model/``.
 
     FileNotFoundError says what was looked for; SettingsError for a LoRA.
     """
-    if name_or_path == DIGITS_START:
-        folder = Path(__file__).resolve().parent.parent / "assets" / DIGITS_START
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"the start {DIGITS_START} is not in this installation ({folder}); make one with `apex-fast train "
-                "examples/digits_start.yaml`"
-            )
-        return folder
-    folder = Path(name_or_path)
+    folder = shipped_folder(name_or_path) if is_shipped(name_or_path) else Path(name_or_path)
     for place in (folder, folder / MODEL_FOLDER):
         if any((place / name).is_file() for name in (INDEX, "config.json") if place.is_dir()):
             return place
@@ -70,7 +62,7 @@ def pretrained_folder(name_or_path: str) -> Path:
         return old
     raise FileNotFoundError(
         f"pretrained_model_name_or_path: {name_or_path} holds no model ({INDEX} is missing); write a folder made by "
-        f"save_pretrained or by a finished run, a hub id (owner/name), or {DIGITS_START}"
+        f"save_pretrained or by a finished run, a hub id (owner/name), or one that ships: {shipped_names()}"
     )
 
 
@@ -162,15 +154,13 @@ def load_generator(run: str | Path, *, base: str | None = None) -> tuple[Backbon
     """The network to generate with, in eval mode, and a phrase that says which it is.
 
     Args:
-        run: see :func:`apex_fast.training.results.find_result`; also ``digits_start``.
+        run: see :func:`apex_fast.training.results.find_result`.
         base: where the model that the run started from is now, if it was moved.
 
     Raises:
         FileNotFoundError: nothing of the kind is there, or the model that the run started from is gone.
         CheckpointError: a damaged checkpoint.
     """
-    if str(run) == DIGITS_START and not Path(run).exists():
-        return load_pretrained(pretrained_source(DIGITS_START)).eval(), "the start that ships"
     return load_found(find_result(run), base=base)
 
 

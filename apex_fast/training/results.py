@@ -18,6 +18,7 @@ from torch import nn
 
 from apex_fast.extras import require
 from apex_fast.parts import class_name, is_sharded, placed
+from apex_fast.shipped import SHIPPED_MODELS, is_shipped, shipped_folder, shipped_names
 from apex_fast.training.checkpoint import CheckpointError, Share, checkpoints, damage, read_tensors, replaced
 
 if TYPE_CHECKING:
@@ -244,16 +245,19 @@ def find_result(run: str | Path, *, ema: str | None = None) -> Found:
 
     run: a run that has finished (its ``model/``, which a resumed run replaces when it ends), one that has not (its
     newest checkpoint; also if it was killed at the moment between taking the old ``model/`` away and putting the new
-    one there), a checkpoint folder, or a saved model folder.
+    one there), a checkpoint folder, a saved model folder, or the name of a model that ships.
 
     Raises:
         FileNotFoundError: nothing of the kind is there; the message says what was looked for.
         CheckpointError: a damaged checkpoint.
     """
+    if is_shipped(run):
+        return Found(shipped_folder(run), SHIPPED_MODELS[str(run)].phrase)
     folder = Path(run)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{run}: no such folder; write the folder of a run (such as runs/demo), of a checkpoint or of a saved model"
+            f"{run}: no such folder; write the folder of a run (such as runs/demo), of a checkpoint or of a saved "
+            f"model, or the name of one that ships: {shipped_names()}"
         )
     if ema is not None:
         if folder.name == MODEL_FOLDER:

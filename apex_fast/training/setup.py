@@ -19,9 +19,10 @@ from apex_fast.condition import Condition
 from apex_fast.objective import ApexObjective
 from apex_fast.passes import mean_forwards, objective_passes, paper_passes
 from apex_fast.shift import ConditionShift
-from apex_fast.training.config import DIGITS_START, PEERS, UNSHIFTED, TrainConfig
+from apex_fast.training.config import TrainConfig
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import RealGuidance
+from apex_fast.training.losses import PEERS, UNSHIFTED
 from apex_fast.training.models import Autocast, load_pretrained, pretrained_source, quiet_libraries, start_lora_file
 from apex_fast.training.processes import Processes
 from apex_fast.training.provenance import licence_of
@@ -291,7 +292,7 @@ def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
 def record_of(config: TrainConfig, backbone: Backbone, size: tuple[int, int]) -> Record:
     """What has to be known beside the trained weights; ``size`` in pixels."""
     base = config.pretrained_model_name_or_path or ""
-    if base != DIGITS_START and Path(base).exists():
+    if Path(base).exists():
         base = str(Path(base).resolve())
     lora = None
     if config.mode == "lora":

@@ -20,9 +20,11 @@ from apex_fast.data.tar_shards import shown
 from apex_fast.extras import require
 from apex_fast.planning.blueprint import PlanError, blueprint_of
 from apex_fast.planning.published import PUBLISHED
-from apex_fast.training.config import DIGITS_START, PEERS, TrainConfig
+from apex_fast.shipped import is_shipped
+from apex_fast.training.config import TrainConfig
 from apex_fast.training.encoding import open_data
 from apex_fast.training.loop import Trainer
+from apex_fast.training.losses import PEERS, SHIFTED
 from apex_fast.training.models import is_hub_id, pretrained_folder, quiet_libraries, start_lora_file
 from apex_fast.training.results import INDEX, Record
 from apex_fast.training.settings import SettingsError
@@ -83,6 +85,12 @@ def smoke_run(config: TrainConfig, *, output_dir: str | Path | None = None) -> i
     return 0
 
 
+SMALL_ALREADY = (
+    "--smoke puts a tiny random pipeline in place of a large one, and this config's model is small already; write "
+    "--max_train_steps 3 instead"
+)
+
+
 def family_of_config(config: TrainConfig) -> str:
     """The family of a config's model without loading or downloading it.
 
@@ -90,11 +98,8 @@ def family_of_config(config: TrainConfig) -> str:
         SettingsError: it cannot be told, or the model needs no smaller one.
     """
     name = config.pretrained_model_name_or_path
-    if name is None or name == DIGITS_START:
-        raise SettingsError(
-            "--smoke puts a tiny random pipeline in place of a large one, and this config's model is small already; "
-            "write --max_train_steps 3 instead"
-        )
+    if name is None or is_shipped(name):
+        raise SettingsError(SMALL_ALREADY)
     found: str | None = None
     if is_hub_id(name):
         found = PUBLISHED[name].family if name in PUBLISHED else None
@@ -115,7 +120,7 @@ def family_of_config(config: TrainConfig) -> str:
             except ValueError as error:
                 raise SettingsError(f"pretrained_model_name_or_path: {error}") from error
             if values.get("_class_name") == backbone.__name__:
-                return family_of_config(dataclasses.replace(config, pretrained_model_name_or_path=DIGITS_START))
+                raise SettingsError(SMALL_ALREADY)
             found = backbone.family
     if found is not None and config.family not in (None, found):
         raise SettingsError(f"family: {config.family}, but {name} is a {found} model; write family: {found}")
@@ -168,7 +173,8 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
     small = dataclasses.replace(
         config,
         **left_out,
-        probe=False,  # of random weights it would say nothing
+        # Of random weights it would say nothing.
+        probe=config.probe and config.loss not in SHIFTED,
         family=family,
         pretrained_model_name_or_path=str(folder / "tiny_model"),
         revision=None,
@@ -188,14 +194,7 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         rank=None if config.rank is None else RANK,
         lora_alpha=alpha,
         lr_warmup_steps=min(1, config.lr_warmup_steps),
-        objective=dataclasses.replace(
-            config.objective,
-            warmup_steps=1,
-            ramp_steps=1,
-            # Every term in these few steps.
-            generator_every=min(2, config.objective.generator_every),
-            supervised_every=min(2, config.objective.supervised_every),
-        ),
+        objective=_small_objective(config),
         # Shares of a larger batch.
         peer=dataclasses.replace(config.peer, shares=type(config.peer)().shares),
         validation_steps=STEPS if config.validates else None,
@@ -207,6 +206,14 @@ def small_config(config: TrainConfig, family: str, folder: Path) -> tuple[TrainC
         logging_steps=1,
     )
     return small, notes
+
+
+def _small_objective(config: TrainConfig) -> Any:
+    """Every term in these few steps; as it is in losses that do not use it, which would tell of the change."""
+    if config.loss != "correction":
+        return config.objective
+    every = {name: min(2, getattr(config.objective, name)) for name in ("generator_every", "supervised_every")}
+    return dataclasses.replace(config.objective, warmup_steps=1, ramp_steps=1, **every)
 
 
 def _small_data(config: TrainConfig, folder: Path) -> dict[str, Any]:

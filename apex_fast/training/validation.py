@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from apex_fast.backbones.base import Backbone
 from apex_fast.backbones.stock_times import pipeline_times
 from apex_fast.condition import Condition
+from apex_fast.data.shipped import DIGITS
 from apex_fast.sampler import sample
 from apex_fast.training import distributed
-from apex_fast.training.config import DIGITS
 from apex_fast.training.memory import during
 from apex_fast.training.progress import Board
 from apex_fast.velocities import Guide
@@ -251,10 +251,11 @@ def score(trainer: Trainer, num_inference_steps: int, **options: Any) -> dict[st
 
     config = trainer.config
     edge = None if config.image_size is None else config.image_size[0]
-    benchmark = open_benchmark(config.dataset_name, edge)
     few = config.dataset_name != DIGITS
     asked = {"samples": config.scored_samples, "diversity_seeds": FEW_SEEDS if few else DIVERSITY_SEEDS, **options}
     with undisturbed(trainer) as network:
+        # In here: a network that scores draws its first weights before it reads its own.
+        benchmark = open_benchmark(config.dataset_name, edge)
         scores = evaluate(network, benchmark, num_inference_steps=num_inference_steps, cost=False, **asked)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
