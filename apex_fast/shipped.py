@@ -3,12 +3,19 @@
 Each is a folder of ``apex_fast/assets`` and goes by its name wherever a command or a config takes a model. A start is a
 whole model of its own; a one-step generator is the LoRA that a run left, whose record names its start, so both are read
 as any other folder is. A folder of the same name where the command runs comes first.
+
+    python -m apex_fast.shipped runs/shapes_start shapes_start     # how a finished run becomes one
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -46,3 +53,56 @@ def shipped_folder(name: str | Path) -> Path:
 def shipped_names() -> str:
     """All names, for messages."""
     return ", ".join(SHIPPED_MODELS)
+
+
+LARGEST = 8 * 10**6
+"""Bytes of one model in the package."""
+
+
+def ship(run: str | Path, folder: Path) -> int:
+    """Writes the finished model of ``run`` as it ships: in bf16, which halves it and costs less than a step of training
+    changes; it is computed with in fp32 all the same. Returns its bytes.
+
+    Args:
+        run: of a whole model of its own, or of a LoRA on a model that ships.
+        folder: must not be there yet.
+
+    Raises:
+        ValueError: a folder that is there, a model that is larger than ``LARGEST`` or that its own files do not suffice
+            for. Nothing is left then.
+        FileNotFoundError, CheckpointError: as :func:`apex_fast.training.results.find_result`.
+    """
+    from apex_fast.training.results import Record, find_result, has_own_text
+
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; move it away first")
+    source = find_result(run).folder
+    record = Record.read(source)
+    if not has_own_text(source) and (record is None or record.mode != "lora" or record.base not in SHIPPED_MODELS):
+        raise ValueError(
+            f"{source}: a whole model with its own text encoder is expected, or a LoRA whose base is one of "
+            f"{shipped_names()} by name, since nothing else is complete in the package"
+        )
+    shutil.copytree(source, folder)
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        save_file({k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, file, metadata)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > LARGEST:
+        shutil.rmtree(folder)
+        raise ValueError(f"{source} takes {size / 1e6:.1f} MB in bf16, and at most {LARGEST / 1e6:.0f} may ship")
+    return size
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(ship.__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("run", help="a finished run")
+    parser.add_argument("name", choices=list(SHIPPED_MODELS))
+    options = parser.parse_args(arguments)
+    print(f"{ASSETS / options.name}: {ship(options.run, ASSETS / options.name) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
