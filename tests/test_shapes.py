@@ -23,6 +23,7 @@ from apex_fast.data.shapes import (
     render,
     render_scenes,
 )
+from apex_fast.data.shipped import load_shipped
 from apex_fast.evaluation.metrics import frechet_distance
 
 pytest.importorskip("skimage", reason="the scorer of the shapes needs scikit-image: pip install 'apex_fast[data]'")
@@ -73,6 +74,18 @@ def test_drawn_prompts_have_equal_shares_and_follow_the_generator():
     prompts = draw_prompts(120, torch.Generator().manual_seed(1))
     assert prompts == draw_prompts(120, torch.Generator().manual_seed(1))
     assert set(collections.Counter(parse(prompt).category for prompt in prompts).values()) == {20}
+
+
+def test_training_has_more_of_what_has_more_prompts():
+    prompts = load_shipped("shapes", count=56).prompts(torch.arange(56), torch.Generator())
+    assert collections.Counter(parse(prompt).category for prompt in prompts) == {
+        "single object": 4,
+        "two objects": 4,
+        "counting": 8,
+        "colours": 8,
+        "position": 16,
+        "attribute binding": 16,
+    }
 
 
 def test_pictures_repeat_and_differ_by_split_and_seed():

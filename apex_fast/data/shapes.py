@@ -25,6 +25,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,15 +160,24 @@ def parse(prompt: str) -> Scene:
     return scene
 
 
-def draw_prompts(count: int, generator: torch.Generator) -> list[str]:
-    """``count`` prompts: the categories in turn, so that their shares are equal, and any scene of a category alike.
+TRAINING_TURN = (
+    *("single object", "two objects"),
+    *("counting", "colours") * 2,
+    *("position", "attribute binding") * 4,
+)
+"""The categories in the shares that a run trains on. In equal shares each of the 744 prompts on position would have a
+hundredth, or less, of the pictures that one of the six on two objects has."""
+
+
+def draw_prompts(count: int, generator: torch.Generator, turn: Sequence[str] = CATEGORIES) -> list[str]:
+    """``count`` prompts: the categories of ``turn`` in turn, and any scene of a category alike.
 
     In half of the prompts on position the colours are left open, and in half of those on counting, although there are
     fewer of these.
     """
     chosen = []
     for index in range(count):
-        scenes = SCENES[CATEGORIES[index % len(CATEGORIES)]]
+        scenes = SCENES[turn[index % len(turn)]]
         if scenes[0].category in ("position", "counting"):
             wanted = bool(torch.randint(2, (), generator=generator))
             scenes = [scene for scene in scenes if (scene.things[0].colour is None) == wanted]
@@ -186,8 +196,15 @@ class Shapes:
     prompts: list[str]
 
     @staticmethod
-    def load(split: str = "train", *, count: int = 20_000, resolution: int = 32, seed: int = 0) -> Shapes:
-        """``count`` pictures of a split, the categories in equal shares.
+    def load(
+        split: str = "train",
+        *,
+        count: int = 20_000,
+        resolution: int = 32,
+        seed: int = 0,
+        turn: Sequence[str] = CATEGORIES,
+    ) -> Shapes:
+        """``count`` pictures of a split, with the categories of ``turn`` in turn: by default in equal shares.
 
         The pictures of both splits are independent draws; the same arguments give the same pictures. More pictures of a
         split begin with the fewer ones' prompts but are other pictures.
@@ -198,7 +215,7 @@ class Shapes:
         if split not in ("train", "test"):
             raise ValueError(f"Shapes.load: split must be 'train' or 'test', got {split!r}")
         generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-        prompts = draw_prompts(count, generator)
+        prompts = draw_prompts(count, generator, turn)
         return Shapes(render(prompts, generator=generator, resolution=resolution), prompts)
 
     def __len__(self) -> int:

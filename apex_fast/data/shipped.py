@@ -64,7 +64,7 @@ def load_shipped(name: str, *, resolution: int | None = None, count: int | None 
         # Of all prompts there can be, those that stand beside a picture: encoding the others would take hours.
         vocabulary = list(dict.fromkeys(drawn.prompts))
         return TextImages(drawn.images, lambda chosen, _: [drawn.prompts[i] for i in chosen.tolist()], vocabulary)
-    data = shapes.Shapes.load("train", count=count, resolution=resolution)
+    data = shapes.Shapes.load("train", count=count, resolution=resolution, turn=shapes.TRAINING_TURN)
     return TextImages(data.images, lambda chosen, _: [data.prompts[i] for i in chosen.tolist()], shapes.all_prompts())
 
 
