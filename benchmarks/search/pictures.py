@@ -36,17 +36,26 @@ def draw(suite: Suite, results: Results, folder: Path) -> list[Path]:
                 ("training steps", {e.name: curve(e, "step") for e in shown}),
                 ("minutes of training", {e.name: curve(e, "seconds", 1 / 60) for e in shown}),
             ],
-            level,
+            # A distance of fewer pictures is larger, so the start's, of more of them, is no level for these.
+            None,
             {e.name for e in shown if e.control},
+            pictures=suite.curve_samples,
         )
     by_steps = batches(trials)
     if any(len(line) > 1 for line in by_steps.values()):
         written.append(folder / f"recipe_{suite.name}_batch.png")
-        pictures: dict[str, Line] = {}
+        by_pictures: dict[str, Line] = {}
         for name, line in by_steps.items():
             steps = int(name.split()[0].replace(",", ""))
-            pictures[name] = [(batch * steps, distance) for batch, distance in line]
-        _save(written[-1], suite, [("batch", by_steps), ("pictures seen in training", pictures)], level, set())
+            by_pictures[name] = [(batch * steps, distance) for batch, distance in line]
+        _save(
+            written[-1],
+            suite,
+            [("batch", by_steps), ("pictures seen in training", by_pictures)],
+            level,
+            set(),
+            pictures=suite.samples,
+        )
     return written
 
 
@@ -79,6 +88,8 @@ def _save(
     panels: Sequence[tuple[str, dict[str, Line]]],
     level: float | None,
     controls: set[str],
+    *,
+    pictures: int,
 ) -> None:
     require("matplotlib", extra="train")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -100,7 +111,7 @@ def _save(
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel(across, fontsize=9)
-        axes.set_ylabel("Frechet distance in one step", fontsize=9)
+        axes.set_ylabel(f"Frechet distance in one step, {pictures} pictures", fontsize=9)
         axes.set_title(suite.name, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(True, which="both", alpha=0.2)
