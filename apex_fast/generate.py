@@ -19,6 +19,7 @@ from apex_fast.condition import Condition
 from apex_fast.evaluation.layouts import Layout, LayoutName, Prompt, as_picture
 from apex_fast.lora import WEIGHTS, load_lora, load_start_lora
 from apex_fast.sampler import sample
+from apex_fast.shipped import is_shipped, shipped_folder
 from apex_fast.training.encoding import encode_text, move_parts
 from apex_fast.training.guidance import combine
 from apex_fast.training.memory import during, release
@@ -84,7 +85,7 @@ def open_generator(
         ValueError: settings that do not go together, or a LoRA of another model.
         FileNotFoundError, CheckpointError, SettingsError: as ``load_generator``.
     """
-    local = None if is_hub_id(str(model)) else Path(model)
+    local = shipped_folder(model) if is_shipped(model) else None if is_hub_id(str(model)) else Path(model)
     if lora is None and local is not None and (facts := _exported(local)):
         return _open_export(local, facts, base, weight_dtype)
     if lora is None and local is not None and not _is_pipeline(local):

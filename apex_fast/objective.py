@@ -68,7 +68,7 @@ class ApexObjective:
 
         fake_weight: weight of L_fake (Eq. 12) in ``correction``.
         correction_weight: weight of the correction (Eq. 17 on x_t ~ p_theta) after warm-up and ramp. 0.5 is for a live
-            real branch, which a call with one network has; with a frozen one 4 was best on scanned digits
+            real branch, which a call with one network has; with a frozen one 4 beat 2 on scanned digits
             (docs/recipe.md), and larger ones made a live branch diverge (docs/lora.md). 0 leaves the real branch
             uncalled.
         supervised_weight: weight of flow matching on data (Eq. 20). It keeps a live real branch honest, and keeps 2 to

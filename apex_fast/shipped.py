@@ -2,7 +2,8 @@
 
 Each is a folder of ``apex_fast/assets`` and goes by its name wherever a command or a config takes a model. A start is a
 whole model of its own; a one-step generator is the LoRA that a run left, whose record names its start, so both are read
-as any other folder is. A folder of the same name where the command runs comes first.
+as any other folder is. The name always means the model that ships, whatever lies in the current folder, since records
+of runs hold it: a folder of that name is ``./NAME``.
 
     python -m apex_fast.shipped runs/shapes_start shapes_start     # how a finished run becomes one
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +38,8 @@ SHIPPED_MODELS = {
 
 
 def is_shipped(name: str | Path) -> bool:
-    """Whether ``name`` means a model that ships: it is one's name, and nothing of that name is here."""
-    return str(name) in SHIPPED_MODELS and not Path(name).exists()
+    """Whether ``name`` is that of a model that ships. A path never is."""
+    return isinstance(name, str) and name in SHIPPED_MODELS
 
 
 def shipped_folder(name: str | Path) -> Path:
@@ -63,46 +66,67 @@ def ship(run: str | Path, folder: Path) -> int:
     """Writes the finished model of ``run`` as it ships: in bf16, which halves it and costs less than a step of training
     changes; it is computed with in fp32 all the same. Returns its bytes.
 
+    A README.md beside it, which says what it is and how it was made, is written by hand.
+
     Args:
-        run: of a whole model of its own, or of a LoRA on a model that ships.
+        run: a finished run, of a whole model of its own or of a LoRA on a model that ships.
         folder: must not be there yet.
 
     Raises:
-        ValueError: a folder that is there, a model that is larger than ``LARGEST`` or that its own files do not suffice
-            for. Nothing is left then.
+        ValueError: a folder that is there, a run that has not finished, or a model that is larger than ``LARGEST`` or
+            that its own files do not suffice for. Nothing is left then, nor after any other failure.
         FileNotFoundError, CheckpointError: as :func:`apex_fast.training.results.find_result`.
     """
+    from apex_fast.training.checkpoint import MANIFEST
     from apex_fast.training.results import Record, find_result, has_own_text
 
     if folder.exists():
         raise ValueError(f"{folder} is there already; move it away first")
-    source = find_result(run).folder
+    found = find_result(run)
+    if found.checkpoint is not None:
+        raise ValueError(f"{run} has not finished: only {found.checkpoint} is there; let it end, then ship it")
+    source = found.folder
     record = Record.read(source)
     if not has_own_text(source) and (record is None or record.mode != "lora" or record.base not in SHIPPED_MODELS):
         raise ValueError(
             f"{source}: a whole model with its own text encoder is expected, or a LoRA whose base is one of "
             f"{shipped_names()} by name, since nothing else is complete in the package"
         )
-    shutil.copytree(source, folder)
-    for file in folder.rglob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        tensors = load_file(file)
-        save_file({k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, file, metadata)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if size > LARGEST:
-        shutil.rmtree(folder)
-        raise ValueError(f"{source} takes {size / 1e6:.1f} MB in bf16, and at most {LARGEST / 1e6:.0f} may ship")
+    if record is not None and record.start_lora is not None:
+        raise ValueError(
+            f"{source} was trained on top of the LoRA {record.start_lora}, which is not in the package; train one "
+            "without start_lora"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        made = Path(place) / folder.name
+        # The manifest has the sizes and sums of the files as the run left them.
+        shutil.copytree(source, made, ignore=shutil.ignore_patterns(MANIFEST))
+        for file in made.rglob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata()
+            tensors = load_file(file)
+            save_file({k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, file, metadata)
+        size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
+        if size > LARGEST:
+            raise ValueError(f"{source} takes {size / 1e6:.1f} MB in bf16, and at most {LARGEST / 1e6:.0f} may ship")
+        made.rename(folder)
     return size
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(ship.__doc__ or "").partition("\n\n")[0])
     parser.add_argument("run", help="a finished run")
     parser.add_argument("name", choices=list(SHIPPED_MODELS))
     options = parser.parse_args(arguments)
-    print(f"{ASSETS / options.name}: {ship(options.run, ASSETS / options.name) / 1e6:.2f} MB")
+    try:
+        size = ship(options.run, ASSETS / options.name)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{ASSETS / options.name}: {size / 1e6:.2f} MB; its README.md is yours to write")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -93,7 +93,7 @@ shift:                             # c_fake = scale * c + bias; good: scale -1 t
   scale: -1.0
   bias: 0.5
 objective:
-  correction_weight: 4.0           # better than 2 and 8 on scanned digits, beside a frozen start (docs/recipe.md)
+  correction_weight: 4.0           # better than 2 on scanned digits, beside a frozen start (docs/recipe.md)
   warmup_steps: null               # null: a tenth of the run, at most 150
   ramp_steps: null                 # null: an eighth of the run, at most 200
 

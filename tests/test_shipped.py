@@ -12,8 +12,11 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from tiny_runs import make_pipeline
 
 from apex_fast import shipped
-from apex_fast.shipped import LARGEST, SHIPPED_MODELS, is_shipped, ship, shipped_folder
-from apex_fast.training.models import load_generator, pretrained_folder
+from apex_fast.planning.blueprint import PlanError, blueprint
+from apex_fast.shipped import LARGEST, SHIPPED_MODELS, ShippedModel, is_shipped, ship, shipped_folder
+from apex_fast.training.config import TrainConfig
+from apex_fast.training.loop import Trainer
+from apex_fast.training.models import load_generator, pretrained_folder, start_lora_file
 from apex_fast.training.results import Record
 
 
@@ -33,13 +36,47 @@ def test_what_ships_is_there_small_and_draws(name: str) -> None:
         assert network(x, torch.ones(1), network.encode(["a circle"])).isfinite().all()
 
 
-def test_a_folder_of_the_same_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_means_the_same_wherever_a_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a LoRA holds it, and another model under the adapter would draw noise."""
     monkeypatch.chdir(tmp_path)
-    assert is_shipped("digits_start")
     (tmp_path / "digits_start").mkdir()
-    assert not is_shipped("digits_start")
-    with pytest.raises(FileNotFoundError, match=r"digits_start holds no model .*or one that ships: digits_start"):
-        pretrained_folder("digits_start")
+    assert pretrained_folder("digits_start") == shipped_folder("digits_start")
+    assert not is_shipped(tmp_path / "digits_start") and not is_shipped("./digits_start")
+    with pytest.raises(FileNotFoundError, match=r"\./digits_start holds no model .*or one that ships: digits_start"):
+        pretrained_folder("./digits_start")
+    for read in (load_generator, lambda name: blueprint(name)):
+        assert read("digits_start")
+        with pytest.raises((FileNotFoundError, PlanError)):
+            read("./digits_start")
+
+
+def test_a_lora_on_one_keeps_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        pretrained_model_name_or_path="digits_start",
+        dataset_name="digits",
+        device="cpu",
+        rank=4,
+        max_train_steps=2,
+        train_batch_size=4,
+    )
+    (tmp_path / "elsewhere" / "digits_start").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Trainer(config).run()
+    assert Record.read(tmp_path / "run" / "model").base == "digits_start"
+    network, _ = load_generator(tmp_path / "run")
+    size = ship(tmp_path / "run", tmp_path / "shipped" / "one_step")
+    assert size < 200_000 and sorted(path.name for path in (tmp_path / "shipped").iterdir()) == ["one_step"]
+    assert not (tmp_path / "shipped" / "one_step" / "manifest.json").exists(), "it has the sums of other files"
+    half, _ = load_generator(tmp_path / "shipped" / "one_step")
+    for (name, ours), theirs in zip(half.named_parameters(), network.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16().float() if "lora" in name else theirs), name
+    # What ships is a model and a LoRA wherever one is asked for.
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "shipped")
+    monkeypatch.setitem(SHIPPED_MODELS, "one_step", ShippedModel("the one-step LoRA", "-"))
+    assert start_lora_file("one_step").parent == tmp_path / "shipped" / "one_step"
+    with pytest.raises(ValueError, match=r"one_step holds a LoRA; .*start_lora: one_step"):
+        pretrained_folder("one_step")
 
 
 def test_one_that_the_installation_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +100,21 @@ def test_a_run_becomes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not (tmp_path / "more").exists()
 
 
+def test_an_unfinished_run_does_not_ship(tmp_path: Path) -> None:
+    """Its checkpoint has the weights as they are trained, and what draws are their averages."""
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        pretrained_model_name_or_path="digits_start",
+        dataset_name="digits",
+        device="cpu",
+        max_train_steps=9,
+        train_batch_size=4,
+    )
+    Trainer(config).run(until=2)
+    with pytest.raises(ValueError, match="has not finished: only .*checkpoint-2 is there"):
+        ship(tmp_path / "run", tmp_path / "no")
+
+
 def test_what_would_not_be_complete_does_not_ship(tmp_path: Path) -> None:
     pipeline = make_pipeline(tmp_path, "sana")
     with pytest.raises(ValueError, match="a whole model with its own text encoder is expected, or a LoRA"):
@@ -73,4 +125,8 @@ def test_what_would_not_be_complete_does_not_ship(tmp_path: Path) -> None:
     Record("sana", "lora", base=str(pipeline)).write(lora)
     with pytest.raises(ValueError, match="whose base is one of digits_start"):
         ship(lora, tmp_path / "no")
+    Record("sana", "lora", base="digits_start", start_lora="/somewhere").write(lora)
+    with pytest.raises(ValueError, match="on top of the LoRA /somewhere, which is not in the package"):
+        ship(lora, tmp_path / "no")
     assert not (tmp_path / "no").exists()
+    assert shipped.main([str(tmp_path / "nowhere"), "digits_start"]) == 2

@@ -165,8 +165,8 @@ TRAINING_TURN = (
     *("counting", "colours") * 2,
     *("position", "attribute binding") * 4,
 )
-"""The categories in the shares that a run trains on. In equal shares each of the 744 prompts on position would have a
-hundredth, or less, of the pictures that one of the six on two objects has."""
+"""The categories in the shares that a run trains on. In equal shares each of the 720 prompts on position with
+colours would have 1/240 of the pictures that one of the six on two objects has."""
 
 
 def draw_prompts(count: int, generator: torch.Generator, turn: Sequence[str] = CATEGORIES) -> list[str]:

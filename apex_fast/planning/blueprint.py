@@ -164,14 +164,9 @@ def blueprint(name_or_path: str) -> Blueprint:
         PlanError: neither a folder that holds a model nor an id of the table; the message lists the ids.
         ValueError: a model that is not supported.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        from apex_fast.shipped import is_shipped
+    from apex_fast.shipped import is_shipped
 
-        if is_shipped(name_or_path):
-            from apex_fast.training.models import pretrained_folder
-
-            return _from_folder(name_or_path, pretrained_folder(name_or_path))
+    if not is_shipped(name_or_path) and not Path(name_or_path).is_dir():
         if name_or_path in PUBLISHED:
             return _from_table(name_or_path, PUBLISHED[name_or_path])
         raise PlanError(

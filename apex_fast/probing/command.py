@@ -21,6 +21,7 @@ from apex_fast.condition import Condition
 from apex_fast.probing.probe import BIASES, CHECK_TIMES, SCALES, TIMES, CheckLine, ProbeReport, check_shift, probe
 from apex_fast.probing.report import as_mapping, table
 from apex_fast.shift import SITES, ConditionShift
+from apex_fast.shipped import is_shipped
 from apex_fast.training.checkpoint import checkpoints, load_json, load_state
 from apex_fast.training.config import ShiftSettings, TrainConfig, load_config
 from apex_fast.training.encoding import encode_text, move_parts, picture_size
@@ -196,7 +197,7 @@ def _load(options: argparse.Namespace, device: torch.device) -> _Subject:
     model = options.model
     if Path(model).suffix in (".yaml", ".yml"):
         subject = _from_config(options, device)
-    elif is_hub_id(model) or _is_plain(Path(model)):
+    elif not is_shipped(model) and (is_hub_id(model) or _is_plain(Path(model))):
         if not is_hub_id(model):
             _stay_offline()
         dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -295,6 +296,8 @@ def _from_run(options: argparse.Namespace) -> _Subject:
     subject = _Subject(backbone, phrase)
     if record is not None and record.resolution is not None:
         subject.shape = backbone.latent_shape(*record.resolution)
+    if is_shipped(options.model):
+        return subject
     run = Path(options.model)
     if found.checkpoint is not None:
         saved: list[Path] = [found.checkpoint]

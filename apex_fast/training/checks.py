@@ -231,7 +231,7 @@ def check_start(config: TrainConfig) -> None:
 
 
 def check_prompts(config: TrainConfig) -> None:
-    """What trains on samples of the model itconfig."""
+    """What trains on samples of the model itself."""
     own = config.prompts_only
     _at_least("prompts_only.num_inference_steps", own.num_inference_steps, 1)
     _at_least("prompts_only.samples_per_prompt", own.samples_per_prompt, 1)

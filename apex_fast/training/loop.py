@@ -177,15 +177,15 @@ class Trainer:
         self.objective: ApexObjective | FlowMatching | Peer
         if config.loss in PEERS:
             with during("copying the model for the fake score"):
-                self.objective, self._notes = make_peer(config, self.backbone, self.velocities, self.guidance), []
+                self.objective, self.notes = make_peer(config, self.backbone, self.velocities, self.guidance), []
         else:
-            self.objective, self._notes = make_objective(config, self.backbone, self.guidance, example)
+            self.objective, self.notes = make_objective(config, self.backbone, self.guidance, example)
         if isinstance(self.objective, ApexObjective):
             self.objective.shift.to(self.device)
         if config.mixed_precision == "fp16" and self.backbone.family == "sana":
-            self._notes.append(SANA_IN_FP16)
-        self._notes += [*self.processes.notes, *unused_guidance(config, self.backbone, self.guidance)]
-        self._notes += [*encoded.warnings, *self.batches.warnings()]
+            self.notes.append(SANA_IN_FP16)
+        self.notes += [*self.processes.notes, *unused_guidance(config, self.backbone, self.guidance)]
+        self.notes += [*encoded.warnings, *self.batches.warnings()]
         self.course = Course(self.objective, config.max_train_steps)
         self.timer = StepTimer(self.device)
         # Relative change of the velocity by the shift, where the run was probed.
@@ -239,8 +239,8 @@ class Trainer:
         if resume is not None:
             with during("restoring the checkpoint"):
                 self.changed = state.restore(self, resume)
-            self._notes += [] if self.average is None else self.average.notes
-            self._notes += state.changed_data(self, resume)
+            self.notes += [] if self.average is None else self.average.notes
+            self.notes += state.changed_data(self, resume)
         else:
             if config.probe and asks_the_shifted_branch(config):
                 with during("probing the shift"):

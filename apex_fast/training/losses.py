@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import textwrap
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from apex_fast import paper
@@ -109,4 +108,5 @@ def _shown(value: Any) -> str:
     """As a config has it, cut short."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return textwrap.shorten(str(value), 60, placeholder=" ...")
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."

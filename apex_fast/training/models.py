@@ -54,8 +54,8 @@ def pretrained_folder(name_or_path: str) -> Path:
         if (record := Record.read(place)) is not None:
             if record.mode == "lora":
                 raise SettingsError(
-                    f"pretrained_model_name_or_path: {place} holds a LoRA; write the model that it adapts "
-                    f"(pretrained_model_name_or_path: {record.base}) and start_lora: {place}"
+                    f"pretrained_model_name_or_path: {name_or_path} holds a LoRA; write the model that it adapts "
+                    f"(pretrained_model_name_or_path: {record.base}) and start_lora: {name_or_path}"
                 )
             return place
     if (old := replaced(folder / MODEL_FOLDER)) is not None:
@@ -134,11 +134,12 @@ def _options(record: Record) -> dict[str, Any]:
 
 
 def start_lora_file(path: str, setting: str = "start_lora") -> Path:
-    """The file of a LoRA: itself, in its folder, or in the ``model/`` of a run. FileNotFoundError, which names the
-    ``setting``."""
+    """The file of a LoRA: itself, in its folder, in the ``model/`` of a run, or by the name of one that ships.
+    FileNotFoundError, which names the ``setting``."""
     from apex_fast.lora import WEIGHTS
 
-    places = (Path(path), Path(path) / WEIGHTS, Path(path) / MODEL_FOLDER / WEIGHTS)
+    folder = shipped_folder(path) if is_shipped(path) else Path(path)
+    places = (folder, folder / WEIGHTS, folder / MODEL_FOLDER / WEIGHTS)
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise FileNotFoundError(

@@ -19,6 +19,7 @@ from apex_fast.condition import Condition
 from apex_fast.objective import ApexObjective
 from apex_fast.passes import mean_forwards, objective_passes, paper_passes
 from apex_fast.shift import ConditionShift
+from apex_fast.shipped import is_shipped
 from apex_fast.training.config import TrainConfig
 from apex_fast.training.flow_matching import FlowMatching
 from apex_fast.training.guidance import RealGuidance
@@ -292,7 +293,7 @@ def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
 def record_of(config: TrainConfig, backbone: Backbone, size: tuple[int, int]) -> Record:
     """What has to be known beside the trained weights; ``size`` in pixels."""
     base = config.pretrained_model_name_or_path or ""
-    if Path(base).exists():
+    if not is_shipped(base) and Path(base).exists():
         base = str(Path(base).resolve())
     lora = None
     if config.mode == "lora":

@@ -128,7 +128,7 @@ class Reports:
             say(f"loss: {config.loss} does not use: {', '.join(unused)}")
         if config.prompts is not None:
             say(describe(config))
-        for note in trainer._notes:
+        for note in trainer.notes:
             say(f"careful: {note}")
         if isinstance(trainer.objective, Peer):
             objective = trainer.objective
