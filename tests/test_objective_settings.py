@@ -424,7 +424,7 @@ def test_a_run_reaches_every_setting_by_its_key(tmp_path):
     trainer = Trainer(load_config(None, keys(start, tmp_path / "run", "--max_train_steps", "6", *more)))
     trainer.run()
     assert trainer.objective.consistency_times.low == 0.1 and trainer.objective.consistency_gap == 0.2
-    assert any("no multiple of objective.generator_every: 2" in note for note in trainer._notes)
+    assert any("no multiple of objective.generator_every: 2" in note for note in trainer.notes)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss_total" in line]
     # The number of a line counts finished steps, so the last of every two has an even one.

@@ -193,7 +193,7 @@ def test_fp16_gradients_are_those_of_the_loss_whatever_the_scale(pipeline: Path,
 
 def test_fp16_of_a_network_that_divides_by_next_to_nothing_is_warned_about(tiny_start: Path, tmp_path: Path) -> None:
     config = load_config(None, keys(tiny_start, tmp_path, "--mixed_precision", "fp16", "--probe", "false"))
-    assert any("linear attention" in note and "bf16" in note for note in Trainer(config)._notes)
+    assert any("linear attention" in note and "bf16" in note for note in Trainer(config).notes)
 
 
 # ---- what one process stands for

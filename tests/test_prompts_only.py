@@ -346,7 +346,7 @@ def test_the_student_s_own_samples(place: Path, tmp_path: Path) -> None:
     trainer = Trainer(config)
     assert trainer.own_samples is None, "nothing looks at x where every sample starts from noise"
     assert not cache_folder(config).exists() and trainer.objective.supervised_weight == 0
-    assert any("supervised_weight: 0" in note for note in trainer._notes)
+    assert any("supervised_weight: 0" in note for note in trainer.notes)
     trainer.run()
     # With few-step times x is where the generator starts from: its own sample of the moment.
     more = (
