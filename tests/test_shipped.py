@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,25 +45,21 @@ def test_the_name_means_the_same_wherever_a_command_runs(tmp_path: Path, monkeyp
     assert not is_shipped(tmp_path / "digits_start") and not is_shipped("./digits_start")
     with pytest.raises(FileNotFoundError, match=r"\./digits_start holds no model .*or one that ships: digits_start"):
         pretrained_folder("./digits_start")
-    for read in (load_generator, lambda name: blueprint(name)):
+    for read in (load_generator, blueprint):
         assert read("digits_start")
         with pytest.raises((FileNotFoundError, PlanError)):
             read("./digits_start")
 
 
+def trainer_of(output_dir: Path, **more: Any) -> Trainer:
+    words = {"pretrained_model_name_or_path": "digits_start", "dataset_name": "digits", "device": "cpu"}
+    return Trainer(TrainConfig(output_dir=str(output_dir), train_batch_size=4, **words, **more))
+
+
 def test_a_lora_on_one_keeps_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainConfig(
-        output_dir=str(tmp_path / "run"),
-        pretrained_model_name_or_path="digits_start",
-        dataset_name="digits",
-        device="cpu",
-        rank=4,
-        max_train_steps=2,
-        train_batch_size=4,
-    )
     (tmp_path / "elsewhere" / "digits_start").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    Trainer(config).run()
+    trainer_of(tmp_path / "run", rank=4, max_train_steps=2).run()
     assert Record.read(tmp_path / "run" / "model").base == "digits_start"
     network, _ = load_generator(tmp_path / "run")
     size = ship(tmp_path / "run", tmp_path / "shipped" / "one_step")
@@ -102,15 +99,7 @@ def test_a_run_becomes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_unfinished_run_does_not_ship(tmp_path: Path) -> None:
     """Its checkpoint has the weights as they are trained, and what draws are their averages."""
-    config = TrainConfig(
-        output_dir=str(tmp_path / "run"),
-        pretrained_model_name_or_path="digits_start",
-        dataset_name="digits",
-        device="cpu",
-        max_train_steps=9,
-        train_batch_size=4,
-    )
-    Trainer(config).run(until=2)
+    trainer_of(tmp_path / "run", max_train_steps=9).run(until=2)
     with pytest.raises(ValueError, match="has not finished: only .*checkpoint-2 is there"):
         ship(tmp_path / "run", tmp_path / "no")
 
