@@ -248,6 +248,22 @@ def test_bf16_keeps_fp32_weights(tiny_start: Path, tmp_path: Path) -> None:
     assert [h[1] for h in half] == pytest.approx([f[1] for f in full], rel=0.05)
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("no", True), ("bf16", False)])
+def test_on_a_cpu_bf16_leaves_the_fused_attention_whose_backward_is_slow(
+    tiny_start: Path, tmp_path: Path, precision: str, fused: bool
+) -> None:
+    """Also in passes that are made again in the backward, which would otherwise keep other tensors than the first."""
+    trainer = trainer_of(
+        tiny_start, tmp_path, "--mixed_precision", precision, "--gradient_checkpointing", "true", "--max_train_steps", "2"
+    )
+    seen: list[bool] = []
+    blocks = trainer.backbone.transformer.transformer_blocks
+    blocks[0].register_forward_hook(lambda m, a, out: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    trainer.run()
+    assert len(seen) > 4 and set(seen) == {fused}
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_guidance_uses_the_negative_prompt(tiny_start: Path, tmp_path: Path) -> None:
     trainer_of(tiny_start, tmp_path / "plain", "--max_train_steps", "3").run()
     for name, prompt in (("empty", ""), ("seven", "a 7")):

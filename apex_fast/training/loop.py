@@ -40,7 +40,7 @@ from apex_fast.training.guidance import real_guidance, unused_guidance
 from apex_fast.training.interrupt import StopRequest
 from apex_fast.training.losses import PEERS
 from apex_fast.training.memory import during
-from apex_fast.training.models import fingerprint
+from apex_fast.training.models import attention_kernels, fingerprint
 from apex_fast.training.optimizers import make_optimizer
 from apex_fast.training.peers import make_peer
 from apex_fast.training.phases import Course
@@ -48,6 +48,7 @@ from apex_fast.training.processes import Silence, lost_processes
 from apex_fast.training.results import Record
 from apex_fast.training.settings import as_mapping, write_yaml
 from apex_fast.training.setup import (
+    AUTOCAST,
     check_spreading,
     compile_blocks,
     load_backbone,
@@ -353,7 +354,8 @@ class Trainer:
         return RunResult(self.step, finished, 0 if finished else code, time.monotonic() - begun)
 
     def _one_step(self) -> dict[str, Tensor]:
-        return one_step(self)
+        with attention_kernels(self.device.type, AUTOCAST.get(self.config.mixed_precision)):
+            return one_step(self)
 
     def _heed_alarms(self, values: dict[str, Tensor], reports: Reports) -> None:
         """Tells of the alarms of the step before, and does what they ask for."""

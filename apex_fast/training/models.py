@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apex_fast.backbones.base import Backbone
 from apex_fast.extras import require
@@ -293,3 +295,14 @@ class Autocast(nn.Module):
         # Without the cache: its casts belong to one autograd graph, and the roles of a step have several.
         with torch.autocast(self._device_type, self._dtype, cache_enabled=False):
             return self.module(x_t, t, condition)
+
+
+def attention_kernels(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
+    """A context for whole steps (recomputed passes ask for the same kernel as the first ones), in which
+    ``scaled_dot_product_attention`` takes plain products where its fused kernel is slow: in bf16 on a CPU, where
+    its backward takes several times as long as in fp32 (torch 2.13) and used up what the other products gained. The
+    plain way holds the attention matrix, which the small networks that a CPU trains can afford.
+
+    dtype: of autocast; None: no autocast.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" and dtype == torch.bfloat16 else nullcontext()
