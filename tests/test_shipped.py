@@ -13,6 +13,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from tiny_runs import make_pipeline
 
 from apex_fast import shipped
+from apex_fast.generate import open_generator
 from apex_fast.planning.blueprint import PlanError, blueprint
 from apex_fast.shipped import LARGEST, SHIPPED_MODELS, ShippedModel, is_shipped, ship, shipped_folder
 from apex_fast.training.config import TrainConfig
@@ -35,6 +36,11 @@ def test_what_ships_is_there_small_and_draws(name: str) -> None:
     x = torch.randn(1, *network.sample_shape)
     with torch.no_grad():
         assert network(x, torch.ones(1), network.encode(["a circle"])).isfinite().all()
+
+
+def test_a_base_for_a_whole_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="digits_start is a whole model of its own, with no base .elsewhere.; leave"):
+        open_generator("digits_start", base="elsewhere")
 
 
 def test_the_name_means_the_same_wherever_a_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

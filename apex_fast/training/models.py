@@ -162,6 +162,7 @@ def load_generator(run: str | Path, *, base: str | None = None) -> tuple[Backbon
 
     Raises:
         FileNotFoundError: nothing of the kind is there, or the model that the run started from is gone.
+        ValueError: a ``base`` for a whole model, which has none.
         CheckpointError: a damaged checkpoint.
     """
     return load_found(find_result(run), base=base)
@@ -175,6 +176,10 @@ def load_found(found: Found, *, base: str | None = None, record: Record | None =
     if record is None and not (found.folder / INDEX).is_file():
         record = Record.read(found.folder)
     if record is None:
+        if base is not None:
+            raise ValueError(
+                f"base: {found.folder} is a whole model of its own, with no base ({base}); leave --base out"
+            )
         backbone = load_pretrained(found.folder)
     else:
         backbone = _load_recorded(found.folder, record, base)
