@@ -254,7 +254,14 @@ def test_on_a_cpu_bf16_leaves_the_fused_attention_whose_backward_is_slow(
 ) -> None:
     """Also in passes that are made again in the backward, which would otherwise keep other tensors than the first."""
     trainer = trainer_of(
-        tiny_start, tmp_path, "--mixed_precision", precision, "--gradient_checkpointing", "true", "--max_train_steps", "2"
+        tiny_start,
+        tmp_path,
+        "--mixed_precision",
+        precision,
+        "--gradient_checkpointing",
+        "true",
+        "--max_train_steps",
+        "2",
     )
     seen: list[bool] = []
     blocks = trainer.backbone.transformer.transformer_blocks

@@ -6,7 +6,7 @@ with) a patch has a few dozen, most of them about the picture, so the same netwo
 comes out is decoded by the unmodified pipeline.
 
 The loss is the mean absolute error in pixels, plus for AutoencoderKLQwenImage the Kullback-Leibler divergence of its
-latents to a standard normal, and for the deterministic AutoencoderDC noise on the latents (5 % of their spread) and a
+latents to a standard normal, and for the deterministic AutoencoderDC noise on the latents (15 % of their spread) and a
 small pull towards zero, which serve the same end: what is near a latent decodes to nearly the same picture. Neither has
 a perceptual or an adversarial loss, which the pictures, flat shapes and drawings, do not need. Afterwards the scale of
 the latents is measured and written into the config (``scaling_factor``, or ``latents_mean`` and ``latents_std``), so
@@ -31,7 +31,7 @@ from apex_fast.extras import require
 FAMILIES = ("sana", "qwen_image")
 DOWN = 4
 """Pixels per latent pixel in each direction."""
-LATENT_NOISE = 0.05
+LATENT_NOISE = 0.15
 LATENT_WEIGHT = 1e-3
 KL_WEIGHT = 1e-5
 """Per latent value and pixel value, as both terms are means."""
