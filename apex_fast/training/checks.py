@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from apex_fast.data.shipped import DIGITS, SHIPPED
 from apex_fast.objective import ApexObjective
 from apex_fast.peers import PeerSettings as PeerFields
-from apex_fast.peers import Rcgm, TwinFlow
+from apex_fast.peers import Rcgm
 from apex_fast.peers.rcgm import split_rows
 from apex_fast.shift import ConditionShift
 from apex_fast.shipped import is_shipped, shipped_names
 from apex_fast.training.ema import check_decays
-from apex_fast.training.losses import PEERS, UNSHIFTED
+from apex_fast.training.losses import METHODS, PEERS, UNSHIFTED
 from apex_fast.training.sections import PromptsOnlySettings
 from apex_fast.training.settings import SettingsError
 
@@ -374,10 +374,10 @@ def check_peer(config: TrainConfig) -> None:
         return
     if config.shift_learning_rate is not None:
         raise SettingsError(f"shift_learning_rate: loss: {config.loss} has no condition shift; leave it out")
-    if config.loss in ("rcgm", "twinflow"):
-        kind = TwinFlow if config.loss == "twinflow" else Rcgm
+    method = METHODS[config.loss]
+    if issubclass(method, Rcgm):
         try:
-            split_rows(config.train_batch_size, kind.shares_of(PeerFields(**vars(config.peer))))
+            split_rows(config.train_batch_size, method.shares_of(PeerFields(**vars(config.peer))))
         except ValueError as error:
             raise SettingsError(f"peer.shares: {error}") from None
         return

@@ -26,9 +26,10 @@ from torch import nn
 
 from apex_fast.backbones.base import Backbone
 from apex_fast.backbones.offload import Offload
-from apex_fast.peers import Copies, Dmd2, FakeScore, Peer, PeerSettings, Rcgm, TwinFlow
+from apex_fast.peers import Copies, Dmd2, FakeScore, Peer, PeerSettings, Rcgm
 from apex_fast.training.config import TrainConfig
 from apex_fast.training.guidance import RealGuidance
+from apex_fast.training.losses import METHODS
 from apex_fast.training.models import Autocast
 from apex_fast.training.optimizers import make_optimizer
 from apex_fast.training.schedule import learning_rate_factor
@@ -57,7 +58,8 @@ def make_peer(config: TrainConfig, backbone: Backbone, velocities: Velocities, g
         "guidance_scale": 1.0 if guidance is None else guidance.objective_scale,
         "checkpointing": config.gradient_checkpointing is not False,
     }
-    if config.loss in ("dmd2", "dmd2_lora"):
+    method = METHODS[config.loss]
+    if issubclass(method, Dmd2):
         make = _fake_network if config.loss == "dmd2" else _fake_adapter
         velocity, parameters, copies = make(config, backbone, velocities, settings)
         peak = config.learning_rate if settings.fake_learning_rate is None else settings.fake_learning_rate
@@ -68,15 +70,15 @@ def make_peer(config: TrainConfig, backbone: Backbone, velocities: Velocities, g
             learning_rate=partial(_rate, config, peak),
             max_grad_norm=config.max_grad_norm,
         )
-        return Dmd2(velocities, settings, fake, copies=copies, **options)
+        return method(velocities, settings, fake, copies=copies, **options)
     real = config.real_branch_in_use
     if config.mode == "full":
         copies = Copies(networks=1 + (real != "live"), trained=1, adapters=0)
     else:
         copies = Copies(networks=1, trained=0, adapters=1 + (real == "ema"))
-    kind = TwinFlow if config.loss == "twinflow" else Rcgm
+    assert issubclass(method, Rcgm)
     try:
-        return kind(velocities, settings, copies=copies, distils=real == "frozen", **options)
+        return method(velocities, settings, copies=copies, distils=real == "frozen", **options)
     except ValueError as error:
         raise SettingsError(str(error)) from error
 
