@@ -135,15 +135,15 @@ def test_the_table_its_files_and_intervals(run: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_row_is_there_as_soon_as_it_is_done(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    from apex_fast.evaluation import command
+    from apex_fast.evaluation import scorers
 
-    true, seen = command.evaluate, []
+    true, seen = scorers.evaluate, []
 
     def evaluate(*args, **options):
         seen.append(capsys.readouterr().out)
         return true(*args, **options)
 
-    monkeypatch.setattr(command, "evaluate", evaluate)
+    monkeypatch.setattr(scorers, "evaluate", evaluate)
     assert main(["eval", str(run), *QUICK, "--no-real-data", "--out", str(run / "x.json")]) == 0
     assert "Frechet distance" in seen[0] and re.search(r"run, 1 step +0\.", seen[1])
     assert json.loads((run / "x.json").read_text())["floor"] is None
@@ -151,9 +151,9 @@ def test_a_row_is_there_as_soon_as_it_is_done(run: Path, monkeypatch: pytest.Mon
 
 
 def test_an_evaluation_that_is_stopped_leaves_its_rows(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    from apex_fast.evaluation import command
+    from apex_fast.evaluation import scorers
 
-    true, calls = command.evaluate, []
+    true, calls = scorers.evaluate, []
 
     def evaluate(*args, **options):
         if calls:
@@ -161,7 +161,7 @@ def test_an_evaluation_that_is_stopped_leaves_its_rows(run: Path, monkeypatch: p
         calls.append(options)
         return true(*args, **options)
 
-    monkeypatch.setattr(command, "evaluate", evaluate)
+    monkeypatch.setattr(scorers, "evaluate", evaluate)
     try:
         assert main(["eval", str(run), *QUICK, "--out", str(tmp_path / "x.json")]) != 0
     except KeyboardInterrupt:
@@ -206,23 +206,23 @@ def test_a_saved_model_and_a_checkpoint_are_scored_too(run: Path, tmp_path: Path
 
 
 def test_the_run_says_which_benchmark(run: Path, tmp_path: Path) -> None:
-    from apex_fast.evaluation.command import _data_set_of
+    from apex_fast.evaluation.scorers import data_set_of
 
-    assert _data_set_of(str(run)) == _data_set_of(str(run / "model")) == "digits"
-    assert _data_set_of("shapes_start") == "shapes" and _data_set_of("nothing") is None
-    assert _data_set_of(str(tmp_path)) is None
+    assert data_set_of(str(run)) == data_set_of(str(run / "model")) == "digits"
+    assert data_set_of("shapes_start") == "shapes" and data_set_of("nothing") is None
+    assert data_set_of(str(tmp_path)) is None
 
 
 def test_a_shape_that_two_benchmarks_have_needs_a_name(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from apex_fast.data.shipped import Shipped
-    from apex_fast.evaluation import command
+    from apex_fast.evaluation import scorers
 
     copy = tmp_path / "model"
     shutil.copytree(run / "model", copy)
     # Pictures of the digits' shape, which a model alone does not tell apart.
-    monkeypatch.setattr(command, "SHIPPED", {"digits": Shipped((8,), 1), "letters": Shipped((8, 16), 1)})
+    monkeypatch.setattr(scorers, "SHIPPED", {"digits": Shipped((8,), 1), "letters": Shipped((8, 16), 1)})
     error = error_of([str(copy), *QUICK], capsys)
     assert (
         "digits and letters have, and nothing says what it was trained on; name one of them with --benchmark" in error
@@ -275,9 +275,9 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_teacher_is_looked_at_before_anything_is_scored(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    from apex_fast.evaluation import command
+    from apex_fast.evaluation import scorers
 
-    monkeypatch.setattr(command, "evaluate", lambda *args, **options: pytest.fail("scored before the teacher was seen"))
+    monkeypatch.setattr(scorers, "evaluate", lambda *args, **options: pytest.fail("scored before the teacher was seen"))
     assert "runs/nowhere" in error_of([str(run), *QUICK, "--against", "runs/nowhere"], capsys, code=1)
 
 
