@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apex_fast.shipped import TO_TRY
 from apex_fast.version import __version__
 
 
@@ -160,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a run, a checkpoint or a saved model, or digits_start; a hub id; the model that --lora adapts",
+        help="folder of a run, a checkpoint or a saved model; one that ships (digits_start, shapes_one_step, ...; demo "
+        "is the one that the demo shows); a hub id; the model that --lora adapts",
     )
     texts = generate.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompt", nargs="+", help="one or several texts, each in quotes")
@@ -323,6 +325,12 @@ def _generate(options: argparse.Namespace) -> int:
     from apex_fast.training.models import device_of
 
     try:
+        if options.model == TO_TRY:
+            from apex_fast.demo.shown import model_to_try
+            from apex_fast.evaluation.layouts import read_prompts
+
+            texts = options.prompt or [prompt.text for prompt in read_prompts(options.prompts)]
+            options.model = model_to_try(texts)
         if not _needs_hub(options.base or exported_base(options.model) or options.model):
             _stay_offline()
         settings = {

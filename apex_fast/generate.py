@@ -19,7 +19,7 @@ from apex_fast.condition import Condition
 from apex_fast.evaluation.layouts import Layout, LayoutName, Prompt, as_picture
 from apex_fast.lora import WEIGHTS, load_lora, load_start_lora
 from apex_fast.sampler import sample
-from apex_fast.shipped import is_shipped, shipped_folder
+from apex_fast.shipped import is_shipped, local_folder, shipped_folder
 from apex_fast.training.encoding import encode_text, move_parts
 from apex_fast.training.guidance import combine
 from apex_fast.training.memory import during, release
@@ -130,7 +130,8 @@ def open_generator(
 
 def exported_base(model: str | Path) -> str | None:
     """The base that an export without one (a LoRA, or a transformer alone) is loaded with; None for all else."""
-    return None if is_hub_id(str(model)) else _exported(Path(model)).get("base_model")
+    folder = local_folder(model)
+    return None if folder is None or is_hub_id(str(model)) else _exported(folder).get("base_model")
 
 
 def _open_export(
@@ -494,10 +495,8 @@ def picture_path(run: str | Path, prompt: str, num_inference_steps: int, seed: i
     """Where ``apex-fast generate`` writes when it is not told:
     ``RUN/generated/<prompt>-<steps>-steps-seed-<seed>.png``."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-    folder = Path(run)
-    base = folder if folder.is_dir() else Path(".")
     return (
-        base
+        (local_folder(run) or Path("."))
         / "generated"
         / f"{slug}-{num_inference_steps}-step{'s' if num_inference_steps > 1 else ''}-seed-{seed}.png"
     )

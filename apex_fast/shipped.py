@@ -1,9 +1,9 @@
 """The models that ship inside the package: starts for training, and what was made from them.
 
-Each is a folder of ``apex_fast/assets`` and goes by its name wherever a command or a config takes a model. A start is a
-whole model of its own; a one-step generator is the LoRA that a run left, whose record names its start, so both are read
-as any other folder is. The name always means the model that ships, whatever lies in the current folder, since records
-of runs hold it: a folder of that name is ``./NAME``.
+Each is a folder of ``apex_fast/assets`` and goes by its name wherever a command or a config takes a model. It is a
+whole model of its own, or the LoRA that a run left, whose record names its start, so both are read as any other folder
+is. The name always means the model that ships, whatever lies in the current folder, since records of runs hold it: a
+folder of that name is ``./NAME``.
 
     python -m apex_fast.shipped runs/shapes_start shapes_start     # how a finished run becomes one
 """
@@ -11,6 +11,7 @@ of runs hold it: a folder of that name is ``./NAME``.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import tempfile
@@ -25,16 +26,21 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 @dataclass(frozen=True)
 class ShippedModel:
-    """phrase: what it is, for messages. made_by: the command that makes it anew, in a checkout."""
+    """phrase: what it is, for messages. made_by: the config whose head has the commands that make it anew, in a
+    checkout."""
 
     phrase: str
     made_by: str
 
 
 SHIPPED_MODELS = {
-    "digits_start": ShippedModel("the start that ships", "apex-fast train examples/digits_start.yaml"),
+    "digits_start": ShippedModel("the start that ships", "examples/digits_start.yaml"),
+    "shapes_start": ShippedModel("the start on shapes that ships", "examples/shapes_start.yaml"),
+    "shapes_one_step": ShippedModel("the one-step generator that ships", "examples/shapes_one_step.yaml"),
 }
 """By name."""
+TO_TRY = "demo"
+"""What ``apex-fast generate`` takes for the one-step generator that the demo shows."""
 
 
 def is_shipped(name: str | Path) -> bool:
@@ -48,9 +54,21 @@ def shipped_folder(name: str | Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{SHIPPED_MODELS[str(name)].phrase}, {name}, is not in this installation ({folder}); make one with "
-            f"`{SHIPPED_MODELS[str(name)].made_by}` in a checkout"
+            f"the commands at the head of {SHIPPED_MODELS[str(name)].made_by} in a checkout"
         )
     return folder
+
+
+def typed(folder: str | Path) -> str:
+    """A user's folder as a command line takes it: quoted, and as ``./NAME`` where NAME alone means what ships."""
+    words = str(folder)
+    return shlex.quote(f"./{words}" if words == TO_TRY or is_shipped(words) else words)
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The user's own folder that ``model`` names, if it is there; None for what ships and for hub ids."""
+    folder = Path(model)
+    return folder if not is_shipped(model) and folder.is_dir() else None
 
 
 def shipped_names() -> str:
@@ -107,6 +125,7 @@ def ship(run: str | Path, folder: Path) -> int:
                 metadata = opened.metadata()
             tensors = load_file(file)
             save_file({k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, file, metadata)
+            file.chmod(0o644)  # safetensors writes for its user alone, and an installation serves others too
         size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
         if size > LARGEST:
             raise ValueError(f"{source} takes {size / 1e6:.1f} MB in bf16, and at most {LARGEST / 1e6:.0f} may ship")

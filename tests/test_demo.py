@@ -15,6 +15,7 @@ pytest.importorskip("yaml")
 from tiny_runs import make_start
 
 from apex_fast.cli import main
+from apex_fast.condition import Condition
 from apex_fast.demo import MARKER, Results
 from apex_fast.evaluation import report
 
@@ -63,6 +64,7 @@ def test_the_output_has_the_table_the_warning_and_what_to_type_next(demo: tuple[
     end = text[text.index("what to type next") :]
     assert f'apex-fast generate {folder} --prompt "a handwritten three"' in end
     assert "examples/digits_full.yaml" in end and "report.html" in end
+    assert 'apex-fast generate demo --prompt "three blue squares"' in end
 
 
 def test_the_sizes_of_both_parts_are_told(demo: tuple[Path, str], tiny_start: Path) -> None:
@@ -106,10 +108,56 @@ def test_the_command_that_is_printed_works(demo: tuple[Path, str], capsys: pytes
     assert Path(capsys.readouterr().out.strip()).is_file()
 
 
+def test_what_ships_is_told_apart_and_is_what_the_stock_pipeline_draws(demo: tuple[Path, str]) -> None:
+    told = re.search(
+        r"shapes_one_step, shipped: (.*) ms a picture in one step, its start (.*) ms in 50 guided", demo[1]
+    )
+    assert told is not None and float(told[1]) < float(told[2])
+    difference = re.search(r"the stock pipeline of diffusers draws the same: at most (\S+) of 255 levels off", demo[1])
+    assert difference is not None and float(difference[1]) < 0.1
+    page = (demo[0] / "report.html").read_text()
+    assert "trained just now" in page and "Shipped, trained before" in page and told[0] in page
+
+
+@pytest.mark.parametrize("changed", ["scheduler", "mask"])
+def test_another_pipeline_would_be_seen(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference is one between two computations, not of a picture with itself."""
+    from apex_fast.demo import shown
+
+    if changed == "scheduler":
+        import diffusers
+
+        other = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)
+        monkeypatch.setattr(shown, "scheduler", lambda: other)
+    else:
+        plain = shown.stock_pictures
+        whole = lambda c: Condition(c.prompt_embeds, torch.ones_like(c.prompt_embeds_mask))  # noqa: E731
+        monkeypatch.setattr(shown, "stock_pictures", lambda n, x, c: plain(n, x, whole(c)))
+    few = shown.Shown(prompts=("a red circle",), seeds=1, num_inference_steps=1)
+    assert shown.look(few).difference > 5
+
+
+def test_generate_demo_is_what_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "demo", "--prompt", "two cyan triangles", "--n", "1"]) == 0
+    said = capsys.readouterr()
+    assert Path(said.out.strip()).is_file() and "the one-step generator that ships" in said.err
+    assert main(["generate", "demo", "--prompt", "two cats on green"]) == 2
+    assert "no prompt of the shapes: 'two cats on green'; expected such as 'a red circle'" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("two triangles\ntwo cats on green\n")
+    assert main(["generate", "demo", "--prompts", "prompts.txt", "--out", "drawn"]) == 2
+    assert "no prompt of the shapes: 'two cats on green'" in capsys.readouterr().err
+    (tmp_path / "demo").mkdir()
+    assert main(["generate", "demo", "--prompt", "a red circle"]) == 2
+    assert "write ./demo for the folder, or shapes_one_step" in capsys.readouterr().err
+
+
 def test_pictures_are_there_and_hold_ink(demo: tuple[Path, str]) -> None:
     from PIL import Image
 
-    for name in ("samples.png", "training.png", "losses.png"):
+    for name in ("samples.png", "training.png", "losses.png", "shipped.png"):
         with Image.open(demo[0] / name) as picture:
             assert picture.width > 500 and len(picture.convert("L").getcolors() or []) > 50, name
 
@@ -126,7 +174,7 @@ def test_the_report_needs_no_other_file(demo: tuple[Path, str]) -> None:
             text.append(data)
 
     Page().feed((demo[0] / "report.html").read_text())
-    assert len(sources) == 3 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "tuned, after 6 training steps" in "".join(text)
 
 
@@ -194,6 +242,12 @@ def test_a_sample_picture_puts_every_image_in_its_cell() -> None:
     assert right - left <= 16 and bottom - top <= 16 and top > plain.height // 2
     with pytest.raises(ValueError, match="row 'a' has 4 images, expected 3 x 2"):
         report.sample_picture(rows, ["x", "y"], per_column=3, title="")
+
+
+def test_the_head_of_a_column_may_have_lines() -> None:
+    row = report.Row("a", "", torch.full((2, 1, 8, 8), -1.0))
+    one, two = (report.sample_picture([row], [head, "y"], per_column=1, title="t") for head in ("x x", "x\nx"))
+    assert two.height - one.height == report.HEAD_LINE
 
 
 def test_pixels_are_ink_on_paper_or_colour() -> None:

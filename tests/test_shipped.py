@@ -13,13 +13,35 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from tiny_runs import make_pipeline
 
 from apex_fast import shipped
+from apex_fast.cli import main
 from apex_fast.generate import open_generator
 from apex_fast.planning.blueprint import PlanError, blueprint
-from apex_fast.shipped import LARGEST, SHIPPED_MODELS, ShippedModel, is_shipped, ship, shipped_folder
+from apex_fast.shipped import (
+    LARGEST,
+    SHIPPED_MODELS,
+    ShippedModel,
+    is_shipped,
+    local_folder,
+    ship,
+    shipped_folder,
+    typed,
+)
 from apex_fast.training.config import TrainConfig
 from apex_fast.training.loop import Trainer
 from apex_fast.training.models import load_generator, pretrained_folder, start_lora_file
 from apex_fast.training.results import Record
+
+
+@pytest.mark.parametrize("name", ["digits_start", "demo"])
+def test_a_folder_of_the_same_name_is_typed_so_that_it_is_meant(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / name
+    folder.mkdir()
+    assert typed(Path(name)) == f"./{name}" and typed(folder) == str(folder) and typed("a b") == "'a b'"
+    assert local_folder(f"./{name}") == Path(name)
+    assert (local_folder(name) is None) == is_shipped(name)
 
 
 @pytest.mark.parametrize("name", SHIPPED_MODELS)
@@ -38,9 +60,11 @@ def test_what_ships_is_there_small_and_draws(name: str) -> None:
         assert network(x, torch.ones(1), network.encode(["a circle"])).isfinite().all()
 
 
-def test_a_base_for_a_whole_model_is_refused() -> None:
+def test_a_base_for_a_whole_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="digits_start is a whole model of its own, with no base .elsewhere.; leave"):
         open_generator("digits_start", base="elsewhere")
+    assert main(["probe", "digits_start", "--base", "elsewhere"]) != 0
+    assert capsys.readouterr().err.endswith("with no base (elsewhere); leave --base out\n")
 
 
 def test_the_name_means_the_same_wherever_a_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ from apex_fast.evaluation.table import (
     plot,
 )
 from apex_fast.generate import Generator, exported_base, open_generator
-from apex_fast.shipped import is_shipped
+from apex_fast.shipped import is_shipped, local_folder
 from apex_fast.training import environment
 from apex_fast.training.memory import release
 from apex_fast.training.models import device_of, is_hub_id
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str], *, offline: Callable[..., None]) -> int:
 
 
 def _place(model: str | None) -> Path:
-    return Path(model) if model is not None and Path(model).is_dir() else Path(".")
+    return (None if model is None else local_folder(model)) or Path(".")
 
 
 @dataclass

@@ -45,6 +45,10 @@ def pixels(image: Tensor, size: int) -> np.ndarray:
     return np.rint(np.stack(planes, axis=-1) * 255).astype(np.uint8)
 
 
+HEAD_LINE = 18
+"""Pixels from one line to the next in the head of a column."""
+
+
 def _font(size: int) -> Any:
     return require("PIL.ImageFont", extra="train").load_default(size)
 
@@ -73,8 +77,8 @@ def sample_picture(
     """A labelled grid as a PIL image: one row per model, one column per prompt, ``per_column`` seeds as a small block
     in each cell.
 
-    ``across``: tiles side by side in a block (default: as square as possible). Raises ValueError if a row holds another
-    number of images.
+    ``columns``: heads, which may have several lines. ``across``: tiles side by side in a block (default: as square as
+    possible). Raises ValueError if a row holds another number of images.
     """
     pil, draw_module = require("PIL.Image", extra="train"), require("PIL.ImageDraw", extra="train")
     across = across or math.ceil(math.sqrt(per_column))
@@ -92,7 +96,8 @@ def sample_picture(
         )
         + 26
     )
-    top = margin + (44 if title else 0) + (26 if subtitle else 0) + 30
+    heads = [column.split("\n") for column in columns]
+    top = margin + (44 if title else 0) + (26 if subtitle else 0) + 30 + HEAD_LINE * (max(map(len, heads)) - 1)
     width = margin + label_width + len(columns) * (block_width + gap) - gap + margin
     width = max(
         width,
@@ -108,9 +113,11 @@ def sample_picture(
         y += 44
     if subtitle:
         draw.text((margin, y - 4), subtitle, font=fact_font, fill=FAINT)
-    for j, column in enumerate(columns):
+    for j, lines in enumerate(heads):
         x = margin + label_width + j * (block_width + gap)
-        draw.text((x + block_width / 2, top - 8), column, font=head_font, fill=FAINT, anchor="ms")
+        for k, line in enumerate(reversed(lines)):
+            place = (x + block_width / 2, top - 8 - k * HEAD_LINE)
+            draw.text(place, line, font=head_font, fill=FAINT, anchor="ms")
     for i, row in enumerate(rows):
         if len(row.images) != per_column * len(columns):
             raise ValueError(

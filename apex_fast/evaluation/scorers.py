@@ -27,11 +27,9 @@ from apex_fast.evaluation.pictures import (
     read_folder,
     vision_features,
 )
-from apex_fast.evaluation.table import (
-    COSTS,
-    Column,
-)
+from apex_fast.evaluation.table import COSTS, Column
 from apex_fast.generate import Generator, generate_files
+from apex_fast.shipped import is_shipped
 from apex_fast.training.settings import SettingsError, read_yaml
 from apex_fast.training.timing import peak_bytes
 
@@ -257,7 +255,7 @@ def benchmark_of(options: argparse.Namespace, model: Generator) -> Benchmark:
 def data_set_of(model: str) -> str | None:
     """``dataset_name`` of the run that ``model`` is or lies in; of a start that ships, what its name begins with."""
     folder = Path(model)
-    if not folder.exists():
+    if is_shipped(model) or not folder.exists():
         return next((name for name in SHIPPED if model.startswith(f"{name}_")), None)
     for place in (folder, folder.parent, folder.parent.parent):
         if (place / "config.yaml").is_file():

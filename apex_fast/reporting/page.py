@@ -20,6 +20,7 @@ from apex_fast.command import command_name
 from apex_fast.data.tar_shards import shown as without_secrets
 from apex_fast.reporting.curves import Chart, Curve, draw
 from apex_fast.reporting.run_files import RunFiles
+from apex_fast.shipped import typed
 from apex_fast.training.phases import CLIPPED, DV, HEALTHY_DV, duration, size
 from apex_fast.training.timing import ROLES
 from apex_fast.version import __version__
@@ -330,7 +331,7 @@ def _environment(run: RunFiles) -> str:
 
 
 def _next(run: RunFiles) -> list[str]:
-    place = shlex.quote(str(run.folder))
+    place = typed(run.folder)
     if not run.finished:
         config = shlex.quote(str(run.folder / "config.yaml"))
         return (

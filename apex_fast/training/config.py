@@ -66,7 +66,8 @@ class TrainConfig:
     pretrained_model_name_or_path: str | None = setting(
         None,
         help="The model to tune: a folder (a diffusers pipeline, or a finished run of full tuning), a hub id such as "
-        "Qwen/Qwen-Image, or digits_start for the one that ships in the package. null builds a new one from 'model'.",
+        "Qwen/Qwen-Image, or one that ships in the package (digits_start, shapes_start). null builds a new one from "
+        "'model'.",
         group="Model",
     )
     family: Literal["sana", "qwen_image", "flux", "z_image", "stable_diffusion_3", "lumina2"] | None = setting(

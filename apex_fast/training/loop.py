@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from apex_fast.caching.reading import open_run_data
 from apex_fast.condition import Condition
+from apex_fast.lora import DTYPES
 from apex_fast.objective import ApexObjective
 from apex_fast.peers import Peer
 from apex_fast.training import checkpoint as checkpoints
@@ -354,7 +355,8 @@ class Trainer:
         return RunResult(self.step, finished, 0 if finished else code, time.monotonic() - begun)
 
     def _one_step(self) -> dict[str, Tensor]:
-        with attention_kernels(self.device.type, AUTOCAST.get(self.config.mixed_precision)):
+        dtype = AUTOCAST.get(self.config.mixed_precision, DTYPES[self.config.weight_dtype])
+        with attention_kernels(self.device.type, dtype):
             return one_step(self)
 
     def _heed_alarms(self, values: dict[str, Tensor], reports: Reports) -> None:

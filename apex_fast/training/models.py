@@ -162,7 +162,7 @@ def load_generator(run: str | Path, *, base: str | None = None) -> tuple[Backbon
 
     Raises:
         FileNotFoundError: nothing of the kind is there, or the model that the run started from is gone.
-        ValueError: a ``base`` for a whole model, which has none.
+        SettingsError: a ``base`` for a whole model, which has none.
         CheckpointError: a damaged checkpoint.
     """
     return load_found(find_result(run), base=base)
@@ -177,7 +177,7 @@ def load_found(found: Found, *, base: str | None = None, record: Record | None =
         record = Record.read(found.folder)
     if record is None:
         if base is not None:
-            raise ValueError(
+            raise SettingsError(
                 f"base: {found.folder} is a whole model of its own, with no base ({base}); leave --base out"
             )
         backbone = load_pretrained(found.folder)
@@ -302,12 +302,13 @@ class Autocast(nn.Module):
             return self.module(x_t, t, condition)
 
 
-def attention_kernels(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
+def attention_kernels(device_type: str, dtype: torch.dtype) -> AbstractContextManager:
     """A context for whole steps (recomputed passes ask for the same kernel as the first ones), in which
     ``scaled_dot_product_attention`` takes plain products where its fused kernel is slow: in bf16 on a CPU, where
     its backward takes several times as long as in fp32 (torch 2.13) and used up what the other products gained. The
-    plain way holds the attention matrix, which the small networks that a CPU trains can afford.
+    plain way holds the attention matrix, in fp32, which the small networks that a CPU trains can afford;
+    ``apex-fast plan`` counts the fused kernel.
 
-    dtype: of autocast; None: no autocast.
+    dtype: that the network computes in.
     """
     return sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" and dtype == torch.bfloat16 else nullcontext()
