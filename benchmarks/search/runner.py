@@ -316,4 +316,6 @@ def _told(row: dict[str, object]) -> str:
 
 def _tail(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")[-300:]
+    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    # An error begins with its kind and ends with what to do.
+    return last if len(last) <= 400 else f"{last[:200]} ... {last[-200:]}"
