@@ -8,6 +8,7 @@ be what :func:`apex_fast.sample` draws.
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from apex_fast.shipped import TO_TRY
 from apex_fast.training.models import load_generator
 
 SEED = 11
+HEAD_WIDTH = 22
+"""Letters in a line over a column of the picture."""
 
 
 @dataclass(frozen=True)
@@ -151,24 +154,13 @@ def picture_of(look: Look, shown: Shown) -> Any:
     ]
     return report.sample_picture(
         rows,
-        [_wrapped(prompt) for prompt in shown.prompts],
+        [textwrap.fill(prompt, HEAD_WIDTH) for prompt in shown.prompts],
         per_column=shown.seeds,
         title="What ships",
-        subtitle="Not trained just now. The same noise in both rows.",
+        subtitle="Not trained just now. The same noise in both rows. Prompts that hang on the order of words, which "
+        "the start does not read, are left out.",
         tile=72,
     )
-
-
-def _wrapped(prompt: str) -> str:
-    """In lines of a column's width."""
-    lines: list[str] = [""]
-    for word in prompt.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if len(longer) > 22 and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
 
 
 def told(look: Look, shown: Shown) -> Sequence[str]:
