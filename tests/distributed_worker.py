@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from process_end import leave
 from safetensors.torch import save_file
 
 import apex_fast as af
@@ -92,7 +93,7 @@ def main(out: str, cases: list[str]) -> None:
         if dist.get_rank() == 0:
             save_file(found, str(Path(out) / f"{case.replace(':', '-')}.safetensors"))
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -557,6 +557,7 @@ PROCESS = """
 import io, json, math, sys, warnings
 import torch
 import torch.distributed as dist
+from process_end import leave
 from apex_fast.training.alarms import Alarms, AlarmSettings, BranchDifferenceSettings
 from apex_fast.training.config import load_config
 from apex_fast.training.loop import Trainer
@@ -590,7 +591,7 @@ gathered = [None, None]
 dist.all_gather_object(gathered, found)
 if rank == 0:
     print(json.dumps(gathered))
-dist.destroy_process_group()
+leave()
 """
 
 

@@ -276,6 +276,7 @@ PROCESS = """
 import io, json, sys, warnings
 import torch
 import torch.distributed as dist
+from process_end import leave
 from apex_fast.backbones import offload
 from apex_fast.training.config import load_config
 from apex_fast.training.loop import Trainer
@@ -297,7 +298,7 @@ for plain, offloaded in json.loads(sys.argv[1]):
     found.append([same, moved.activations_out > 0, moved.activations_out == moved.activations_back, moved.waiting])
 if dist.get_rank() == 0:
     print(json.dumps(found))
-dist.destroy_process_group()
+leave()
 """
 
 

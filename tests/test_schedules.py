@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from process_end import leave
 from small_networks import TextNetwork, VectorNetwork, gradients
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -457,8 +458,10 @@ def _replica(rank: int, folder: str) -> None:
         apex.backward(Velocities(alone, real=real), x, condition, step=0, draws=draws)
         for one, other in zip(found, gradients(alone), strict=True):
             torch.testing.assert_close(one, other)
-    finally:
+    except BaseException:
         torch.distributed.destroy_process_group()
+        raise
+    leave()
 
 
 def test_two_replicas_average_the_gradients_of_a_sequential_step(tmp_path):

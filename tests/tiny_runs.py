@@ -101,8 +101,9 @@ def losses(output_dir: Path) -> list[tuple[int, float, float, float]]:
 
 
 def start_process(arguments: list[str]) -> subprocess.Popen[str]:
-    """A real Python process on one thread; stdout and stderr are pipes of text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    """A real Python process on one thread that finds these modules too; stdout and stderr are pipes of text."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from process_end import leave
 
 from apex_fast.training import checkpoint
 from apex_fast.training.config import load_config
@@ -61,7 +62,7 @@ def main(cases: list[dict]) -> None:
             if restore is not None:
                 checkpoint.save_file = restore
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
