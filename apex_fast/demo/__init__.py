@@ -1,7 +1,8 @@
 """``apex-fast demo``: from a network that needs many steps to one that needs one, on real scans, in minutes on two CPU
 cores.
 
-It draws with a one-step generator that ships, which took longer to train than a demo may (:mod:`apex_fast.demo.shown`).
+It draws with a one-step generator that ships, which took longer to train than a demo may (:mod:`apex_fast.demo.shown`),
+and shows a shift that the probe refuses (:mod:`apex_fast.demo.seen`).
 Then it scores the start that ships, tunes it, runs the unshifted control on a smaller budget
 (:mod:`apex_fast.demo.results` has the numbers), and writes the table, the pictures, a report page and ``metrics.json``
 into one folder (:mod:`apex_fast.demo.page`).
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ import torch
 
 from apex_fast.demo.page import facts, pictures_of, write
 from apex_fast.demo.results import QUICK, Results, Size
+from apex_fast.demo.seen import MODEL as PROBED
+from apex_fast.demo.seen import answers
 from apex_fast.demo.shown import Shown, look, told
 from apex_fast.demo.strip import Strip
 from apex_fast.evaluation import report
@@ -98,13 +102,18 @@ def run_demo(
         f"Everything goes to {folder}/. {torch.get_num_threads()} threads.\n"
     )
 
-    say("1/5  drawing with a one-step generator that ships: trained before, for longer than a demo may take")
+    say("1/6  drawing with a one-step generator that ships: trained before, for longer than a demo may take")
     shown = Shown(prompts=Shown.prompts[: size.shown_prompts])
     seen = look(shown)
     for line in told(seen, shown):
         say(f"     {line}")
 
-    say(f"\n2/5  scoring the start at {', '.join(map(str, size.steps))} steps")
+    say(f"\n2/6  asking the probe which shifts a network sees ({PROBED}, which ships), before anything is trained")
+    asked = answers()
+    for answer in asked:
+        say(textwrap.indent(textwrap.fill(answer.told, 100), "     "))
+
+    say(f"\n3/6  scoring the start at {', '.join(map(str, size.steps))} steps")
     options = {"samples": size.samples, "diversity_seeds": size.diversity_seeds}
     results.floor = digit_floor(samples=size.samples)
     pictures = {}
@@ -113,7 +122,7 @@ def run_demo(
         say(f"     {number:3d} step{'s' if number > 1 else ' '}  {facts(results.start[number])}")
     pictures["start 1"], pictures["start n"] = pictures_of(network, 1), pictures_of(network, size.steps[-1])
 
-    say(f"\n3/5  tuning, {steps} training steps")
+    say(f"\n4/6  tuning, {steps} training steps")
     strip = Strip([round(share * steps) for share in size.strip], results.control_steps, size)
     trainer = Trainer(config, callbacks=[strip], label="tune", stream=sys.stdout)
     done = trainer.run()
@@ -126,7 +135,7 @@ def run_demo(
     results.tuned = evaluate_digits(tuned, num_inference_steps=1, **options)
     pictures["tuned"] = pictures_of(tuned, 1)
 
-    say(f"\n4/5  the control: the same without a shift, {results.control_steps} training steps")
+    say(f"\n5/6  the control: the same without a shift, {results.control_steps} training steps")
     control_trainer = Trainer(_control(config), label="control", stream=sys.stdout)
     done = control_trainer.run(until=results.control_steps)
     if done.step < results.control_steps:
@@ -136,8 +145,8 @@ def run_demo(
         results.control = evaluate_digits(control, num_inference_steps=1, **options)
         pictures["control"] = pictures_of(control, 1)
 
-    say("\n5/5  drawing the report\n")
-    commands = write(folder, results, pictures, strip, phases, size, begun, shown, seen)
+    say("\n6/6  drawing the report\n")
+    commands = write(folder, results, pictures, strip, phases, size, begun, shown, seen, asked)
     header, rows = results.table()
     say(report.text_table(header, rows))
     say(f"\none step instead of {size.steps[-1]}: {results.speedup:.0f} times as many images a second")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from apex_fast.command import command_name
 from apex_fast.data.digits import WORDS, Digits
 from apex_fast.demo.results import Results, Size
+from apex_fast.demo.seen import Asked
 from apex_fast.demo.shown import Look, Shown, picture_of, told
 from apex_fast.demo.strip import PICTURE_SEED, PROMPT, Strip
 from apex_fast.evaluation import report
@@ -53,6 +55,7 @@ def write(
     begun: float,
     shown: Shown,
     look: Look,
+    asked: Sequence[Asked],
 ) -> list[str]:
     """All files of the report; returns the lines that say what to do next."""
     many = size.steps[-1]
@@ -139,6 +142,7 @@ def write(
             f"Images/s: sampling alone on this machine, {torch.get_num_threads()} threads; one step makes "
             f"{results.speedup:.0f} times as many as {many} steps.",
             "One seed each: runs differ by some tenths of distance.",
+            *(f"The probe on a small Qwen-Image, before any training. {answer.told}." for answer in asked),
         ],
         commands=commands[:-1],
         facts={

@@ -2,8 +2,8 @@
 from it, drawn from the same noise, and the generator once more by the stock pipeline of diffusers.
 
 Nothing is trained here; the pictures and the table say so. The stock pipeline gets embeddings in place of prompts,
-since the text encoders of these models are small ones of their own, and is otherwise untouched: what it draws has to
-be what :func:`apex_fast.sample` draws.
+since the text encoder of these models is not the one that SANA's pipeline reads, and is otherwise untouched: what it
+draws has to be what :func:`apex_fast.sample` draws.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _draw(
         guided: dict[str, Any] = {}
         if guidance_scale != 1.0:
             guided = {"guidance_scale": guidance_scale, "negative_condition": network.encode([""], negative=True)}
-        condition = network.encode([prompt] * shown.seeds)
+        condition = network.encode([prompt]).index([0] * shown.seeds)  # one prompt is read once
         latents = sample(network, part, condition, num_inference_steps=num_inference_steps, **guided)
         pictures.append(network.decode(latents))
         seconds.append((time.perf_counter() - begun) / shown.seeds)

@@ -29,8 +29,8 @@ from apex_fast.evaluation.pictures import (
 )
 from apex_fast.evaluation.table import COSTS, Column
 from apex_fast.generate import Generator, generate_files
-from apex_fast.shipped import is_shipped
-from apex_fast.training.settings import SettingsError, read_yaml
+from apex_fast.training.results import data_set_of
+from apex_fast.training.settings import SettingsError
 from apex_fast.training.timing import peak_bytes
 
 
@@ -250,16 +250,3 @@ def benchmark_of(options: argparse.Namespace, model: Generator) -> Benchmark:
     if options.resolution not in (None, shape[-1]):
         raise SettingsError(f"--resolution {options.resolution}: {model.phrase} makes pictures of {shape[-1]} pixels")
     return open_benchmark(name, shape[-1])
-
-
-def data_set_of(model: str) -> str | None:
-    """``dataset_name`` of the run that ``model`` is or lies in; of a start that ships, what its name begins with."""
-    folder = Path(model)
-    if is_shipped(model) or not folder.exists():
-        return next((name for name in SHIPPED if model.startswith(f"{name}_")), None)
-    for place in (folder, folder.parent, folder.parent.parent):
-        if (place / "config.yaml").is_file():
-            # What it says does not have to be all that this version understands.
-            name = read_yaml(place / "config.yaml").get("dataset_name")
-            return name if isinstance(name, str) else None
-    return None

@@ -18,6 +18,7 @@ import torch
 from apex_fast.backbones.base import Backbone
 from apex_fast.command import NAME
 from apex_fast.condition import Condition
+from apex_fast.data.shipped import DIGITS, SHIPPED, few_prompts
 from apex_fast.probing.probe import BIASES, CHECK_TIMES, SCALES, TIMES, CheckLine, ProbeReport, check_shift, probe
 from apex_fast.probing.report import as_mapping, table
 from apex_fast.shift import SITES, ConditionShift
@@ -35,7 +36,7 @@ from apex_fast.training.models import (
     load_pretrained,
     pretrained_source,
 )
-from apex_fast.training.results import INDEX, Record, find_result
+from apex_fast.training.results import INDEX, Record, data_set_of, find_result
 from apex_fast.training.settings import SettingsError
 from apex_fast.training.setup import AUTOCAST, load_backbone, make_trainable
 
@@ -180,6 +181,7 @@ class _Subject:
         call: what is called in place of the backbone; None for the backbone.
         shifts: of the run, by name.
         prompts: of the run's validation.
+        data_set: that it was trained on, if known.
         shape: of the latents; None is the model's own.
         notes: to be printed.
     """
@@ -189,6 +191,7 @@ class _Subject:
     call: Callable[..., Any] | None = None
     shifts: dict[str, ConditionShift] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
+    data_set: str | None = None
     shape: tuple[int, int, int] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -263,6 +266,7 @@ def _subject_of(config: TrainConfig, name: str, device: torch.device) -> _Subjec
     if backbone.text is None:
         subject.shape = backbone.latent_shape(*picture_size(config, backbone))
     subject.prompts = list(config.validation_prompts)
+    subject.data_set = config.dataset_name
     if config.loss not in UNSHIFTED:
         subject.shifts["config"] = _shift_of(config.shift, backbone)
     return subject
@@ -280,7 +284,7 @@ def probe_config(config: TrainConfig, device: torch.device) -> CheckLine:
     subject = _subject_of(config, "the config", device)
     subject.backbone.eval()
     subject.backbone.free_vae("the probe")
-    prompts = subject.prompts if len(subject.prompts) > 1 else _own_prompts(subject.backbone)
+    prompts = subject.prompts if len(subject.prompts) > 1 else _own_prompts(subject)
     condition = _encode(subject.backbone, prompts[:PROBED_PROMPTS], device)
     (shift,) = subject.shifts.values()
     return check_shift(subject.backbone, shift.to(device), condition, shape=subject.shape, call=subject.call)
@@ -293,7 +297,7 @@ def _from_run(options: argparse.Namespace) -> _Subject:
     if record is None or not is_hub_id(options.base or record.base):
         _stay_offline()
     backbone, phrase = load_found(found, base=options.base)
-    subject = _Subject(backbone, phrase)
+    subject = _Subject(backbone, phrase, data_set=data_set_of(options.model))
     if record is not None and record.resolution is not None:
         subject.shape = backbone.latent_shape(*record.resolution)
     if is_shipped(options.model):
@@ -368,14 +372,13 @@ def _prompts(options: argparse.Namespace, subject: _Subject) -> list[str]:
         return found
     if len(subject.prompts) > 1:
         return subject.prompts
-    return _own_prompts(subject.backbone, options.full)
+    return _own_prompts(subject, options.full)
 
 
-def _own_prompts(backbone: Backbone, full: bool = True) -> list[str]:
-    if backbone.text is not None:
-        from apex_fast.data.digits import all_prompts
-
-        return all_prompts()[::25]  # eight digits, in different templates
+def _own_prompts(subject: _Subject, full: bool = True) -> list[str]:
+    if subject.backbone.text is not None:
+        # A small model knows the words of its own data and no others.
+        return few_prompts(subject.data_set if subject.data_set in SHIPPED else DIGITS)
     return list(PROMPTS if full else PROMPTS[:QUICK_PROMPTS])
 
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from apex_fast.data.shipped import SHIPPED
 from apex_fast.extras import require
 from apex_fast.parts import class_name, is_sharded, placed
 from apex_fast.shipped import SHIPPED_MODELS, is_shipped, shipped_folder, shipped_names
 from apex_fast.training.checkpoint import CheckpointError, Share, checkpoints, damage, read_tensors, replaced
+from apex_fast.training.settings import read_yaml
 
 if TYPE_CHECKING:
     from apex_fast.backbones.base import Backbone
@@ -290,3 +292,16 @@ def _checkpoint(folder: Path) -> Found:
     if (problem := damage(folder)) is not None:
         raise CheckpointError(f"{folder} is not a complete checkpoint: {problem}")
     return Found(folder / MODEL_FOLDER, f"the averaged weights of {folder}", folder)
+
+
+def data_set_of(model: str) -> str | None:
+    """``dataset_name`` of the run that ``model`` is or lies in; of a start that ships, what its name begins with."""
+    folder = Path(model)
+    if is_shipped(model) or not folder.exists():
+        return next((name for name in SHIPPED if model.startswith(f"{name}_")), None)
+    for place in (folder, folder.parent, folder.parent.parent):
+        if (place / "config.yaml").is_file():
+            # What it says does not have to be all that this version understands.
+            name = read_yaml(place / "config.yaml").get("dataset_name")
+            return name if isinstance(name, str) else None
+    return None
