@@ -12,8 +12,8 @@ def leave() -> None:
     """Ends this process with exit code 0 when all have come here, without taking the interpreter down in order.
 
     After DistributedDataParallel over gloo that order can end in "terminate called without an active exception": a
-    thread of the process group is still alive, also after destroy_process_group (3 of 42 runs of torch 2.13's own
-    classes alone on a busy machine). ``apex-fast train`` ends the same way (``Processes.leave``).
+    thread of the process group is still alive, also after destroy_process_group. ``apex-fast train`` ends the same way
+    (``Processes.leave``, which belongs to a trainer; some of these processes have none).
     """
     dist.barrier()
     sys.stdout.flush()

@@ -124,9 +124,9 @@ def test_a_shift_that_is_not_seen_is_refused_and_the_default_is_not(demo: tuple[
     assert (
         "scale 0.5, bias 0: refused; shift: scale 0.5 and bias 0 at the site raw is invisible to this network" in text
     )
-    assert "scale -1, bias 0.5: trained with; probe: visible" in text
+    assert "scale -1, bias 0.5: would be trained with; probe: visible" in text
     page = (demo[0] / "report.html").read_text()
-    assert "bias 0: refused" in page and "bias 0.5: trained with" in page
+    assert "bias 0: refused" in page and "bias 0.5: would be trained with" in page
 
 
 def test_the_refusal_is_of_the_network_and_not_of_the_shift() -> None:
@@ -135,7 +135,7 @@ def test_the_refusal_is_of_the_network_and_not_of_the_shift() -> None:
 
     assert ask(0.5, 0.0).refusal is not None
     other = ask(0.5, 0.0, "digits_start")
-    assert other.refusal is None and "trained with" in other.told
+    assert other.refusal is None and "would be trained with" in other.told
 
 
 @pytest.mark.parametrize("changed", ["scheduler", "mask"])

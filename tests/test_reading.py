@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'apex_fast[train]'")
 
 from apex_fast.backbones.own_text import OwnText  # noqa: E402
-from apex_fast.data.shapes import all_prompts  # noqa: E402
+from apex_fast.data.shapes import all_prompts, parse  # noqa: E402
 from apex_fast.training import reading  # noqa: E402
 from apex_fast.training.models import load_generator  # noqa: E402
 
@@ -72,6 +72,29 @@ def test_an_encoder_learns_which_word_belongs_to_which_and_says_how_well() -> No
     assert (red[0, 1] - red[1, 5]).norm() > 0.3 * red[0, 1].norm(), "red beside a circle and beside a square"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [
+        ("a red circle and a blue square", "a blue circle and a red square"),
+        ("a red circle left of a blue square", "a red circle right of a blue square"),
+        ("a circle above a square", "a circle below a square"),
+    ],
+)
+def test_the_words_that_change_places(prompt: str, other: str) -> None:
+    assert reading.swapped(parse(prompt)).prompt() == other and reading.swapped(parse(other)).prompt() == prompt
+
+
+def test_a_network_that_reads_is_told_from_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    network = load_generator("shapes_start")[0]
+    gains = reading.order_gains(network, count=32)
+    assert gains["attribute binding", 0.65] > 0.1 and gains["position", 0.85] > 0.02
+    encode = network.encode
+    network.encode = lambda prompts: encode(["a circle"] * len(prompts))  # type: ignore[method-assign]
+    assert all(abs(gain) < 1e-6 for gain in reading.order_gains(network, count=8).values())
+    assert reading.main(["--model", "shapes_start", "--check"]) == 0
+    assert "attribute binding  t = 0.65: two words exchanged raise the loss by" in capsys.readouterr().out
+
+
 def test_the_command_leaves_the_network_alone_and_writes_nothing_that_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,8 +104,12 @@ def test_the_command_leaves_the_network_alone_and_writes_nothing_that_cannot_rea
     monkeypatch.setattr(reading, "ENOUGH", 0.0)
     assert reading.main([*words, "--steps", "2"]) == 0
     before, after = load_generator("shapes_start")[0], load_generator(tmp_path / "read")[0]
-    for one, other in zip(before.transformer.parameters(), after.transformer.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for part in ("transformer", "vae"):
+        kept, left = (
+            network.transformer if part == "transformer" else network.components[part] for network in (before, after)
+        )
+        for one, other in zip(kept.parameters(), left.parameters(), strict=True):
+            assert torch.equal(one, other), part
     prompts = ["a red circle"]
     assert not torch.equal(before.encode(prompts).prompt_embeds, after.encode(prompts).prompt_embeds)
     assert json.loads((tmp_path / "read" / "model_index.json").read_text())["text_encoder"][1] == "T5EncoderModel"
@@ -92,6 +119,8 @@ def test_the_command_leaves_the_network_alone_and_writes_nothing_that_cannot_rea
     ("words", "message"),
     [
         (["--model", "shapes_start", "--output", "."], "is there already; move it away first"),
+        (["--model", "nowhere", "--check"], "nowhere"),
+        (["--model", "digits_start", "--check"], "was trained on digits; a model on the shapes is expected"),
         (
             ["--model", "shapes_start", "--steps", "0", "--output", "new"],
             "steps and batch_size must be at least 1, got 0",

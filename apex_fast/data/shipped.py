@@ -70,12 +70,17 @@ def load_shipped(name: str, *, resolution: int | None = None, count: int | None 
 
 
 def few_prompts(name: str) -> list[str]:
-    """Eight of its prompts, spread over all kinds, without a picture being rendered. ValueError as
-    :func:`load_shipped`."""
+    """Eight of its prompts, with every kind among them, without a picture being rendered.
+
+    ValueError as :func:`load_shipped`.
+    """
     if name not in SHIPPED:
         raise ValueError(f"the data sets that ship are {', '.join(SHIPPED)}, got {name!r}")
-    prompts = importlib.import_module(f"apex_fast.data.{name}").all_prompts()
-    return prompts[:: len(prompts) // 8][:8]
+    data = importlib.import_module(f"apex_fast.data.{name}")
+    if name == DIGITS:
+        prompts = data.all_prompts()
+        return prompts[:: len(prompts) // 8][:8]
+    return data.draw_prompts(8, torch.Generator().manual_seed(0))  # kinds in turn
 
 
 def _digits(count: int | None) -> TextImages:

@@ -23,7 +23,7 @@ import torch
 from apex_fast.demo.page import facts, pictures_of, write
 from apex_fast.demo.results import QUICK, Results, Size
 from apex_fast.demo.seen import MODEL as PROBED
-from apex_fast.demo.seen import answers
+from apex_fast.demo.seen import both
 from apex_fast.demo.shown import Shown, look, told
 from apex_fast.demo.strip import Strip
 from apex_fast.evaluation import report
@@ -109,7 +109,7 @@ def run_demo(
         say(f"     {line}")
 
     say(f"\n2/6  asking the probe which shifts a network sees ({PROBED}, which ships), before anything is trained")
-    asked = answers()
+    asked = both()
     for answer in asked:
         say(textwrap.indent(textwrap.fill(answer.told, 100), "     "))
 

@@ -13,6 +13,7 @@ from apex_fast.data.shipped import DIGITS, few_prompts
 from apex_fast.probing.probe import check_shift
 from apex_fast.shift import ConditionShift
 from apex_fast.training.models import load_generator
+from apex_fast.training.results import data_set_of
 from apex_fast.training.settings import SettingsError
 
 MODEL = "digits_qwen_start"
@@ -31,7 +32,11 @@ class Asked:
     def told(self) -> str:
         """For the console and the page."""
         shift = f"scale {self.scale:g}, bias {self.bias:g}"
-        return f"{shift}: trained with; {self.line}" if self.refusal is None else f"{shift}: refused; {self.refusal}"
+        return (
+            f"{shift}: would be trained with; {self.line}"
+            if self.refusal is None
+            else f"{shift}: refused; {self.refusal}"
+        )
 
 
 def ask(scale: float, bias: float, model: str = MODEL) -> Asked:
@@ -40,7 +45,9 @@ def ask(scale: float, bias: float, model: str = MODEL) -> Asked:
     FileNotFoundError where the installation lacks the model.
     """
     network, _ = load_generator(model)
-    found = check_shift(network, ConditionShift(scale=scale, bias=bias), network.encode(few_prompts(DIGITS)))
+    found = check_shift(
+        network, ConditionShift(scale=scale, bias=bias), network.encode(few_prompts(data_set_of(model) or DIGITS))
+    )
     try:
         found.refuse_invisible()
     except SettingsError as error:
@@ -48,6 +55,6 @@ def ask(scale: float, bias: float, model: str = MODEL) -> Asked:
     return Asked(scale, bias, found.line, None)
 
 
-def answers() -> tuple[Asked, Asked]:
+def both() -> tuple[Asked, Asked]:
     """A shift that this network does not see, and the library's default."""
     return ask(0.5, 0.0), ask(-1.0, 0.5)

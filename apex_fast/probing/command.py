@@ -267,6 +267,8 @@ def _subject_of(config: TrainConfig, name: str, device: torch.device) -> _Subjec
         subject.shape = backbone.latent_shape(*picture_size(config, backbone))
     subject.prompts = list(config.validation_prompts)
     subject.data_set = config.dataset_name
+    if subject.data_set not in SHIPPED:  # data of one's own, on a model that knows the words of its own
+        subject.data_set = data_set_of(config.pretrained_model_name_or_path)
     if config.loss not in UNSHIFTED:
         subject.shifts["config"] = _shift_of(config.shift, backbone)
     return subject
