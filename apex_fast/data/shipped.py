@@ -46,9 +46,7 @@ def load_shipped(name: str, *, resolution: int | None = None, count: int | None 
     Raises:
         ValueError: a data set, a resolution or a count that there is not.
     """
-    if name not in SHIPPED:
-        raise ValueError(f"the data sets that ship are {', '.join(SHIPPED)}, got {name!r}")
-    offered = SHIPPED[name].resolutions
+    offered = _offer(name).resolutions
     resolution = offered[0] if resolution is None else resolution
     if resolution not in offered:
         raise ValueError(f"{name} has pictures of {' or '.join(map(str, offered))} pixels, got resolution {resolution}")
@@ -74,13 +72,18 @@ def few_prompts(name: str) -> list[str]:
 
     ValueError as :func:`load_shipped`.
     """
-    if name not in SHIPPED:
-        raise ValueError(f"the data sets that ship are {', '.join(SHIPPED)}, got {name!r}")
+    _offer(name)
     data = importlib.import_module(f"apex_fast.data.{name}")
     if name == DIGITS:
         prompts = data.all_prompts()
         return prompts[:: len(prompts) // 8][:8]
     return data.draw_prompts(8, torch.Generator().manual_seed(0))  # kinds in turn
+
+
+def _offer(name: str) -> Shipped:
+    if name not in SHIPPED:
+        raise ValueError(f"the data sets that ship are {', '.join(SHIPPED)}, got {name!r}")
+    return SHIPPED[name]
 
 
 def _digits(count: int | None) -> TextImages:
